@@ -1,0 +1,52 @@
+"""LoRA and QLoRA for PyTorch Lightning: one callback turns any LightningModule into a fine-tune."""
+
+from lightning_lora.callbacks.lora import LoRACallback
+from lightning_lora.errors import (
+    AdapterError,
+    CheckpointError,
+    GradientError,
+    LoRAError,
+    MergeError,
+    OptimizerError,
+    QuantizationError,
+    TargetError,
+    UnsupportedError,
+)
+from lightning_lora.io.adapter_folder import adapter_state_dict, load_adapter, save_adapter
+from lightning_lora.model.active import activate, delete_adapter, disabled
+from lightning_lora.model.inject import inject
+from lightning_lora.model.merge import merge
+from lightning_lora.model.parameters import adapter_parameters
+from lightning_lora.model.summary import summary
+from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.quantization import adopt as _adopt  # noqa: F401 (registers bitsandbytes' layers as bases)
+from lightning_lora.quantization.config import NF4Config
+from lightning_lora.quantization.quantize import quantize
+from lightning_lora.version import __version__
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "GradientError",
+    "LoRACallback",
+    "LoRAConfig",
+    "LoRAError",
+    "MergeError",
+    "NF4Config",
+    "OptimizerError",
+    "QuantizationError",
+    "TargetError",
+    "UnsupportedError",
+    "__version__",
+    "activate",
+    "adapter_parameters",
+    "adapter_state_dict",
+    "delete_adapter",
+    "disabled",
+    "inject",
+    "load_adapter",
+    "merge",
+    "quantize",
+    "save_adapter",
+    "summary",
+]

@@ -1,0 +1,81 @@
+"""What an adapter is, as plain data that a checkpoint or a file header can hold, and how two of them differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.io.keys import canonical
+from lightning_lora.model.layers import require_adapters
+from lightning_lora.model.parameters import trained_modules
+from lightning_lora.nn.base import QuantizedLinear
+from lightning_lora.nn.lora import LoRAConfig
+
+VERSION = 1
+
+Description = dict[str, Any]
+
+
+def describe(model: nn.Module, name: str = "default") -> Description:
+    """Describe adapter ``name`` of ``model``.
+
+    Returns:
+        ``version``, ``method``, ``r``, ``alpha``, ``scaling`` (each one value, or a mapping from layer to value where
+        layers differ), ``targets`` (adapted layers), ``train`` (modules trained whole) and ``quantization`` (how the
+        base is stored).
+    """
+    layers = {canonical(path): layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
+    configs = {path: layer.adapter(name).config for path, layer in layers.items()}
+    stored = {path: _storage(layer.base_layer) for path, layer in layers.items()}
+    return {
+        "version": VERSION,
+        "method": _collapse({path: config.method for path, config in configs.items()}),
+        **describe_loras({path: config for path, config in configs.items() if isinstance(config, LoRAConfig)}),
+        "train": sorted(map(canonical, trained_modules(model))),
+        "quantization": _collapse(stored),
+    }
+
+
+def describe_loras(configs: Mapping[str, LoRAConfig]) -> Description:
+    """The part of a description that decides what LoRA tensors mean: ``r``, ``alpha``, ``scaling`` and ``targets``."""
+    return {
+        "r": _collapse({path: config.r for path, config in configs.items()}),
+        "alpha": _collapse({path: float(config.alpha) for path, config in configs.items()}),
+        "scaling": _collapse({path: config.scaling for path, config in configs.items()}),
+        "targets": sorted(configs),
+    }
+
+
+def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Say in words where two descriptions differ, for the keys both have: ``r is 8 in the file and 16 here``."""
+    found = []
+    for key in here:
+        if key in saved and saved[key] != here[key]:
+            theirs, ours = saved[key], here[key]
+            if isinstance(theirs, list) and isinstance(ours, list):
+                only_there, only_here = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
+                found.append(f"{key}: {_some(only_there)} only there, {_some(only_here)} only here")
+            else:
+                found.append(f"{key} is {_brief(theirs)} there and {_brief(ours)} here")
+    return found
+
+
+def _storage(base: nn.Module) -> str:
+    return base.storage if isinstance(base, QuantizedLinear) else "none"
+
+
+def _collapse(values: Mapping[str, Any]) -> Any:
+    """One value where all layers agree, else the value of each."""
+    distinct = set(values.values())
+    return distinct.pop() if len(distinct) == 1 else dict(sorted(values.items()))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

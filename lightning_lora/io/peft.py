@@ -1,0 +1,196 @@
+"""``adapter_config.json`` in PEFT's format, to and from our configs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning_lora.errors import AdapterError, listing
+from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.nn.lora import LoRAConfig
+
+MAX_CONFIG_BYTES = 1_000_000
+
+_DEFAULTS: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "peft_type": "LORA",
+    "revision": None,
+    "task_type": None,
+    "use_dora": False,
+}
+_MUST_BE_OFF = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+
+
+def to_peft(configs: Mapping[str, AdapterConfig], *, names: Iterable[str], train: Iterable[str] = ()) -> dict[str, Any]:
+    """Return PEFT's config for adapters by layer.
+
+    Args:
+        configs: Config of each adapted layer, by its name.
+        names: Names of every module of the model, which decide how briefly the targets can be named.
+        train: Modules trained whole.
+
+    Raises:
+        AdapterError: If the format cannot say it: another method, or dropout or scaling that differ between layers.
+    """
+    loras = {path: config for path, config in configs.items() if isinstance(config, LoRAConfig)}
+    if len(loras) < len(configs):
+        others = sorted({config.method for config in configs.values()} - {"lora"})
+        raise AdapterError(f"PEFT's format as written here holds LoRA only, this adapter has: {listing(others)}")
+    for what in ("dropout", "scaling"):
+        values = sorted({str(getattr(config, what)) for config in loras.values()})
+        if len(values) > 1:
+            raise AdapterError(f"PEFT's format has one {what} for all layers, this adapter has {listing(values)}")
+    rank = _most_common(config.r for config in loras.values())
+    alpha = _most_common(float(config.alpha) for config in loras.values())
+    first = next(iter(loras.values()))
+    return {
+        **_DEFAULTS,
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": float(first.dropout),
+        "use_rslora": first.scaling == "rslora",
+        "target_modules": _target_modules(sorted(loras), names),
+        "modules_to_save": sorted(train) or None,
+        "rank_pattern": {_exactly(path): config.r for path, config in sorted(loras.items()) if config.r != rank},
+        "alpha_pattern": {
+            _exactly(path): _plain(config.alpha)
+            for path, config in sorted(loras.items())
+            if float(config.alpha) != alpha
+        },
+    }
+
+
+def from_peft(settings: Mapping[str, Any], layers: Iterable[str]) -> dict[str, LoRAConfig]:
+    """Return our config of each layer.
+
+    Args:
+        settings: The parsed ``adapter_config.json``.
+        layers: Names of the adapted layers, as the tensors have them.
+
+    Raises:
+        AdapterError: If a setting is missing, broken, or changes the function in a way not supported.
+    """
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"peft_type is {kind!r}, expected 'LORA'")
+    on = [f"{key}={settings[key]!r}" for key in _MUST_BE_OFF if settings.get(key)]
+    on += [f"bias={settings['bias']!r}"] if settings.get("bias", "none") != "none" else []
+    if on:
+        raise AdapterError(f"it uses {listing(on)}, which cannot be loaded yet")
+    missing = [key for key in ("r", "lora_alpha") if key not in settings]
+    if missing:
+        raise AdapterError(f"{listing(missing)} is missing; without it the adapter would be scaled wrongly")
+    ranks, alphas = (_patterns(settings, key) for key in ("rank_pattern", "alpha_pattern"))
+    try:
+        return {
+            path: LoRAConfig(
+                r=_lookup(ranks, path, settings["r"]),
+                alpha=_lookup(alphas, path, settings["lora_alpha"]),
+                dropout=settings.get("lora_dropout") or 0.0,
+                scaling="rslora" if settings.get("use_rslora") else "standard",
+            )
+            for path in layers
+        }
+    except (TypeError, ValueError) as error:
+        raise AdapterError(str(error)) from None
+
+
+def expected_layers(settings: Mapping[str, Any], linear: Iterable[str]) -> set[str] | None:
+    """Which of a model's linear layers the config says are adapted, or None where it does not say so by names."""
+    targets = settings.get("target_modules")
+    narrowed = any(settings.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern"))
+    if narrowed or not isinstance(targets, list):
+        return None
+    return {name for name in linear if _fits(name, targets)}
+
+
+def dump(settings: Mapping[str, Any]) -> bytes:
+    """Serialize with sorted keys: the same bytes for the same adapter."""
+    return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
+
+
+def parse(data: bytes) -> dict[str, Any]:
+    """Parse ``adapter_config.json``.
+
+    Raises:
+        AdapterError: If it is not a JSON object of at most 1 MB.
+    """
+    if len(data) > MAX_CONFIG_BYTES:
+        raise AdapterError(f"it has {len(data):,} bytes, more than any adapter config ({MAX_CONFIG_BYTES:,})")
+    try:
+        settings = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"it is not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise AdapterError(f"it holds a {type(settings).__name__}, expected an object")
+    return settings
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _plain(alpha: float) -> int | float:
+    """``lora_alpha`` is an integer in files by PEFT; keep it one where it is."""
+    return int(alpha) if float(alpha).is_integer() else float(alpha)
+
+
+def _target_modules(paths: list[str], names: Iterable[str]) -> list[str] | str:
+    """The briefest way to name exactly these layers: last segments, whole names, or an anchored expression."""
+    names = list(names)
+    for targets in (sorted({path.rpartition(".")[2] for path in paths}), paths):
+        if sorted(name for name in names if _fits(name, targets)) == paths:
+            return targets
+    return "|".join(re.escape(path) for path in paths)
+
+
+def _fits(name: str, targets: Iterable[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _exactly(path: str) -> str:
+    """A ``rank_pattern`` key for one layer. PEFT lets any prefix stand before a key; the ``^`` forbids it."""
+    return f"^{re.escape(path)}"
+
+
+def _patterns(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Pattern keys as plain names. Expressions from a file are never run: a crafted one can hang the reader."""
+    patterns = settings.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{key} is {patterns!r}, expected an object")
+    plain = {}
+    for pattern, value in patterns.items():
+        name = pattern.replace("\\", "")
+        if re.fullmatch(r"\^?[\w.\-]+", name) is None:
+            raise AdapterError(f"{key} has the expression {pattern!r}; only names of layers can be read")
+        plain[name] = value
+    return plain
+
+
+def _lookup(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if (path == pattern[1:]) if pattern.startswith("^") else _fits(path, [pattern]):
+            return value
+    return default

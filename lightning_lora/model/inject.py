@@ -1,0 +1,104 @@
+"""Putting adapters into a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from lightning_lora.errors import AdapterError, LoRAError, TargetError, listing
+from lightning_lora.model.active import activate
+from lightning_lora.model.layers import adapted_layers, adapter_names, replace
+from lightning_lora.model.targets import ALL_LINEAR, Plan, Targets, refuse_tied, resolve
+from lightning_lora.nn.adapter import Adapter, AdapterConfig
+from lightning_lora.nn.base import as_base, weight_device, weight_dtype
+from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.lora import LoRAConfig
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_DEFAULT = LoRAConfig()
+
+
+def inject(
+    model: nn.Module,
+    targets: Targets = ALL_LINEAR,
+    config: AdapterConfig = _DEFAULT,
+    *,
+    exclude: Iterable[str] = (),
+    train: Iterable[str] = (),
+    name: str = "default",
+) -> nn.Module:
+    """Put adapters into ``model``, in place, and return it. Everything but the adapters is frozen.
+
+    All or nothing: whatever is wrong is found before the first layer is replaced. Adapters are made in ``float32`` over
+    a half-precision base (they are the master weights) and on the device of the layer below; on the meta device nothing
+    is allocated.
+
+    Args:
+        model: Any module with linear layers inside; ``bitsandbytes.nn.Linear4bit`` layers are taken over as they are.
+        targets: ``"all-linear"`` (every linear layer but the output head), a pattern or several, or a mapping from
+            pattern to config. See :mod:`lightning_lora.model.targets`.
+        config: The method and its hyperparameters.
+        exclude: Patterns of layers to pass over.
+        train: Patterns of modules to train whole beside the adapters, and to save along with them.
+        name: The adapter's name. A model can hold several; the new one becomes the active one.
+
+    Raises:
+        AdapterError: If the model already holds an adapter of that name, or the name is not ``[A-Za-z0-9_-]{1,64}``.
+        TargetError: If a pattern, or the plan as a whole, does not fit the model.
+    """
+    check_name(name)
+    return apply(model, resolve(model, targets, config, exclude=exclude, train=train), name=name)
+
+
+def apply(model: nn.Module, plan: Plan, *, name: str = "default") -> nn.Module:
+    """Carry out a plan, in place, and return the model."""
+    if name in adapter_names(model):
+        raise AdapterError(
+            f"the model already holds an adapter {name!r} (on {listing(adapted_layers(model))}). "
+            f"Pass another name to add a second one, or delete_adapter(model, {name!r}) first"
+        )
+    if "" in plan.layers:
+        raise TargetError(
+            "the model is itself a linear layer and cannot replace itself; wrap it, e.g. in nn.Sequential"
+        )
+    refuse_tied(model, plan.layers)
+    hosts, adapters = {}, {}
+    for path, config in plan.layers.items():
+        layer = model.get_submodule(path)
+        hosts[layer] = host = _host(path, layer)
+        adapters[host] = _build(host, config)
+    for host, adapter in adapters.items():
+        host.adapters[name] = adapter
+    model.requires_grad_(False)
+    replace(model, {layer: host for layer, host in hosts.items() if layer is not host})
+    for path in plan.train:
+        model.get_submodule(path).requires_grad_(True)
+    activate(model, name)
+    return model
+
+
+def check_name(name: str) -> None:
+    """Raise ``AdapterError`` unless ``name`` can become part of state-dict keys and file paths."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise AdapterError(f"adapter name {name!r} must be 1 to 64 letters, digits, '_' or '-'")
+    if hasattr(nn.ModuleDict, name):
+        raise AdapterError(
+            f"adapter name {name!r} is taken: torch's ModuleDict has an attribute called so. Choose another"
+        )
+
+
+def _host(path: str, layer: nn.Module) -> LoRALinear:
+    if isinstance(layer, LoRALinear):
+        return layer
+    try:
+        return LoRALinear(as_base(layer))
+    except (TypeError, LoRAError) as error:
+        raise TargetError(f"{path} cannot be adapted: {error}") from None
+
+
+def _build(host: LoRALinear, config: AdapterConfig) -> Adapter:
+    dtype = torch.promote_types(weight_dtype(host.base_layer), torch.float32)
+    return config.build(host.base_layer, device=weight_device(host.base_layer), dtype=dtype).train(host.training)

@@ -1,0 +1,66 @@
+"""Folding adapters into plain layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import MergeError, listing
+from lightning_lora.model.layers import replace, require_adapters
+from lightning_lora.nn.base import dense_weight, weight_dtype, with_weight
+from lightning_lora.nn.linear import LoRALinear
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every adapted layer by the plain ``nn.Linear`` that computes the same, in place, and return the model.
+
+    ``W' = W + s B A`` of the active adapters is summed in ``float32`` and rounded once. Over a quantized base ``W`` is
+    the dequantized weight, the one that was trained on, and the result stays unquantized: quantizing again would round
+    most of a small update away. Layers are merged one at a time, so the extra memory is that of one layer. The merged
+    parameters stay frozen; call ``model.requires_grad_(True)`` to train them.
+
+    Args:
+        model: A model with adapters.
+        dtype: What to store the merged weights in; None keeps the model's own: a dense layer's dtype, or what a
+            quantized layer's weight would have.
+
+    Raises:
+        MergeError: If a weight is not finite before or after; nothing is changed then.
+        AdapterError: If the model has no adapters.
+    """
+    layers = require_adapters(model)
+    check_mergeable(layers, dtype=dtype)
+    for layer in layers.values():
+        replace(model, {layer: merged(layer, dtype=dtype)})
+    return model
+
+
+@torch.no_grad()
+def merged(layer: LoRALinear, *, dtype: torch.dtype | None = None) -> nn.Linear:
+    """Return the plain layer that computes what ``layer`` computes; ``layer`` itself is left as it is."""
+    return with_weight(layer.base_layer, layer.merged_weight().to(dtype or weight_dtype(layer.base_layer)))
+
+
+@torch.no_grad()
+def check_mergeable(layers: Mapping[str, LoRALinear], *, dtype: torch.dtype | None = None) -> None:
+    """Raise ``MergeError`` naming the layers whose base, or merged weight in ``dtype``, is not finite."""
+    broken = []
+    for name, layer in layers.items():
+        if not is_finite(dense_weight(layer.base_layer, weight_dtype(layer.base_layer))):
+            broken.append(f"{name} (its base weight)")
+        elif not is_finite(layer.merged_weight().to(dtype or weight_dtype(layer.base_layer))):
+            broken.append(f"{name} (its merged weight)")
+    if broken:
+        raise MergeError(
+            f"NaN or infinity in {listing(broken)}; nothing was merged. A NaN comes from a diverged training: go back "
+            "to an "
+            "earlier checkpoint. An infinity comes from a dtype too narrow: merge(model, dtype=torch.float32)"
+        )
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether every element is finite, without allocating a mask of the weight's size."""
+    return weight.numel() == 0 or bool(torch.stack(torch.aminmax(weight)).isfinite().all())

@@ -1,0 +1,60 @@
+"""The parameters of an adapted model: which are trained, and what to save of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from lightning_lora.model.layers import require_adapters
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the trainable parameters of the active adapters, in the model's order.
+
+    Raises:
+        AdapterError: If the model has no adapters.
+    """
+    for layer in require_adapters(model).values():
+        for name in layer.active:
+            yield from (p for p in layer.adapter(name).parameters() if p.requires_grad)
+
+
+def adapter_state_keys(model: nn.Module, name: str = "default") -> list[str]:
+    """Names, in ``model.state_dict()``, of all that a fine-tune changes.
+
+    That is adapter ``name``, other trained parameters, and the buffers (running statistics) of modules trained whole.
+    """
+    adapters = tuple(f"{path}.adapters.{name}." for path in require_adapters(model, name))
+    trained = set(trained_outside_adapters(model))
+    whole = tuple(f"{path}." for path in trained_modules(model))
+    return [key for key in model.state_dict() if key.startswith(adapters + whole) or key in trained]
+
+
+def trained_outside_adapters(model: nn.Module) -> list[str]:
+    """Names of the trained parameters that belong to no adapter."""
+    inside = tuple(f"{path}.adapters." for path in require_adapters(model))
+    parameters = model.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in parameters if parameter.requires_grad and not name.startswith(inside)]
+
+
+def trained_modules(model: nn.Module) -> list[str]:
+    """Names of the outermost modules whose parameters are all trained: what ``train`` named."""
+    inside = tuple(f"{path}." for path in require_adapters(model))
+    found: list[str] = []
+    for path, module in model.named_modules():
+        parameters = list(module.parameters())
+        nested = path.startswith(inside) or any(path.startswith(f"{outer}.") for outer in found)
+        if path and parameters and not nested and all(p.requires_grad for p in parameters) and not _holds(path, inside):
+            found.append(path)
+    return found
+
+
+def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, dict[str, Tensor]]:
+    """The tensors of adapter ``name`` by layer, and then by their name in the adapter."""
+    layers = require_adapters(model, name)
+    return {path: dict(layer.adapter(name).state_dict()) for path, layer in layers.items() if name in layer.adapters}
+
+
+def _holds(path: str, inside: tuple[str, ...]) -> bool:
+    return any(f"{path}." == inner or inner.startswith(f"{path}.") for inner in inside)

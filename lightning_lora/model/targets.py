@@ -1,0 +1,260 @@
+"""From the user's words to a plan: which layers get which adapter. Pure; the model is read, never changed.
+
+A pattern is a dotted suffix (``q_proj``, ``attn.q_proj``), a whole name, or either with shell wildcards
+(``layers.*.q_proj``); ``*`` crosses dots. Every pattern has to match something: a misspelt target that is silently
+skipped is a fine-tune of half the model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from lightning_lora.errors import TargetError, listing
+from lightning_lora.model.layers import adapted_layers
+from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.nn.base import QuantizedLinear, why_not_linear
+from lightning_lora.nn.linear import LoRALinear
+
+ALL_LINEAR = "all-linear"
+
+Targets = str | Iterable[str] | Mapping[str, AdapterConfig]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What injection will do, decided and checked before anything is touched.
+
+    Attributes:
+        layers: Name of each linear layer to adapt, in the model's order, with its config.
+        train: Names of modules trained whole.
+        left: Linear layers that ``"all-linear"`` passed over, with the reason.
+    """
+
+    layers: Mapping[str, AdapterConfig]
+    train: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class NamesItsHead(Protocol):
+    """A model that says which layer its output head is, as those of Hugging Face transformers do."""
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the output head, or None."""
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a dotted module name fits a pattern, as a whole or as a suffix that starts at a dot."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def resolve(
+    model: nn.Module,
+    targets: Targets,
+    config: AdapterConfig,
+    *,
+    exclude: Iterable[str] = (),
+    train: Iterable[str] = (),
+) -> Plan:
+    """Decide which layers of ``model`` get which adapter.
+
+    Args:
+        model: Any module.
+        targets: ``"all-linear"`` (every linear layer but the output head), a pattern, several, or a mapping from
+            pattern to config in which later entries win.
+        config: Config for targets that do not bring their own.
+        exclude: Patterns of layers to pass over.
+        train: Patterns of modules to train whole, as they are, beside the adapters.
+
+    Raises:
+        TargetError: If a pattern matches nothing or no linear layer, if nothing is left to adapt, if a rank is above
+            what a layer can have.
+    """
+    wanted = _as_mapping(targets, config)
+    exclude, train = _as_patterns(exclude, "exclude"), _as_patterns(train, "train")
+    candidates = _linear_layers(model)
+    linear = [name for name, reason in candidates.items() if reason is None]
+    if not linear and not any(candidates.values()):
+        raise TargetError(f"{type(model).__name__} has no linear layer to adapt; {_inventory(model)}")
+    trained = _trained_modules(model, train)
+    excluded = {
+        name for pattern in exclude for name in _matching(model, candidates, pattern, "exclude", lambda _: None)
+    }
+    left: dict[str, str] = {}
+    layers: dict[str, AdapterConfig] = {}
+    for pattern, its_config in wanted.items():
+        if pattern == ALL_LINEAR:
+            left |= _passed_over(model, candidates, trained)
+            found = [name for name in linear if name not in left]
+        else:
+            found = _matching(model, candidates, pattern, "target", candidates.get)
+            _refuse_overlap(pattern, found, trained)
+        layers |= dict.fromkeys((name for name in found if name not in excluded), its_config)
+    if not layers:
+        reasons = listing(
+            [f"{name} ({why})" for name, why in left.items()] + [f"{name} (excluded)" for name in sorted(excluded)]
+        )
+        raise TargetError(f"nothing is left to adapt: {reasons}. Name a target outright, or exclude less")
+    ordered = {name: layers[name] for name in linear if name in layers}
+    _check_shapes(model, ordered)
+    return Plan(layers=ordered, train=trained, left=left)
+
+
+def _as_mapping(targets: Targets, config: AdapterConfig) -> dict[str, AdapterConfig]:
+    if isinstance(targets, Mapping):
+        for pattern, value in targets.items():
+            if not isinstance(value, AdapterConfig):
+                raise TypeError(
+                    f"targets[{pattern!r}] must be an adapter config such as LoRAConfig(r=8), got {value!r}"
+                )
+        wanted = dict(targets)
+    else:
+        wanted = dict.fromkeys(_as_patterns(targets, "targets"), config)
+    if not wanted:
+        raise TargetError(f'targets is empty; pass "{ALL_LINEAR}" or the names of layers')
+    return wanted
+
+
+def _as_patterns(patterns: str | Iterable[str], what: str) -> tuple[str, ...]:
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise TypeError(f"{what} must be non-empty strings, got {pattern!r}")
+    return patterns
+
+
+def _linear_layers(model: nn.Module) -> dict[str, str | None]:
+    """Every linear layer by name, with the reason why it cannot be adapted, or None where it can."""
+    hosted = adapted_layers(model)
+    found: dict[str, str | None] = dict.fromkeys(hosted)
+    inside = tuple(f"{name}." for name in hosted)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | QuantizedLinear) and not (inside and name.startswith(inside)):
+            found[name] = why_not_linear(module)
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+
+
+def _matching(
+    model: nn.Module, candidates: Mapping[str, str | None], pattern: str, what: str, reason: Callable[[str], str | None]
+) -> list[str]:
+    """Names of the linear layers a pattern matches; an error if there is none, or none that ``reason`` accepts."""
+    found = [name for name in candidates if matches(name, pattern)]
+    good = [name for name in found if reason(name) is None]
+    if good:
+        return good
+    if found:
+        raise TargetError(f"{what} {pattern!r} matches {listing(found)}, which cannot be adapted: {reason(found[0])}")
+    others = [
+        f"{name} ({type(module).__name__})" for name, module in model.named_modules() if name and matches(name, pattern)
+    ]
+    if others:
+        inner = f"{pattern}.*" if any(matches(name, f"{pattern}.*") for name in candidates) else None
+        hint = f"Pass {inner!r} for the linear layers inside" if inner else "Only linear layers can be adapted"
+        raise TargetError(f"{what} {pattern!r} matches no linear layer, only {listing(others)}. {hint}")
+    endings = sorted({name.rpartition(".")[2] for name in candidates})
+    close = difflib.get_close_matches(pattern.rpartition(".")[2], endings, n=3, cutoff=0.5)
+    hint = f"Closest: {', '.join(close)}. " if close else ""
+    raise TargetError(
+        f"{what} {pattern!r} matches no linear layer. {hint}Linear layers here end in: {listing(endings, 12)}. "
+        f"Pass one of these, or a glob such as '*.{(close or endings)[0]}'"
+    )
+
+
+def _trained_modules(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    names = [name for name, _ in model.named_modules() if name]
+    trained: dict[str, None] = {}
+    for pattern in patterns:
+        found = [name for name in names if matches(name, pattern)]
+        if not found:
+            close = difflib.get_close_matches(pattern, sorted({n.rpartition(".")[2] for n in names} | set(names)), n=3)
+            hint = f"Closest: {', '.join(close)}" if close else f"Modules here: {listing(names, 12)}"
+            raise TargetError(f"train {pattern!r} matches no module. {hint}")
+        for name in found:
+            if next(model.get_submodule(name).parameters(), None) is None:
+                raise TargetError(f"train {pattern!r} matches {name}, which has no parameters to train")
+        trained |= dict.fromkeys(found)
+    outer = tuple(f"{name}." for name in trained)
+    return tuple(name for name in trained if not name.startswith(outer))
+
+
+def _within(name: str, modules: Iterable[str]) -> str | None:
+    return next((module for module in modules if name == module or name.startswith(f"{module}.")), None)
+
+
+def _passed_over(model: nn.Module, candidates: Mapping[str, str | None], trained: tuple[str, ...]) -> dict[str, str]:
+    """What ``"all-linear"`` leaves as it is, and why."""
+    left = {name: reason for name, reason in candidates.items() if reason is not None}
+    left |= {name: "trained whole" for name in candidates if _within(name, trained)}
+    adaptable = [name for name, reason in candidates.items() if reason is None]
+    left |= dict.fromkeys(_output_heads(model, adaptable), "output head")
+    return left
+
+
+def _output_heads(model: nn.Module, linear: list[str]) -> list[str]:
+    """What the model itself calls its output head, else the last linear layer.
+
+    A last layer inside a repeated block is no head, and a model of a single linear layer has no head to spare.
+    """
+    if len(linear) < 2:
+        return []
+    named = {id(m.get_output_embeddings()) for m in model.modules() if isinstance(m, NamesItsHead)} - {id(None)}
+    heads = [name for name in linear if id(model.get_submodule(name)) in named]
+    last = linear[-1]
+    in_block = re.search(r"(^|\.)\d+\.", last) is not None
+    return heads or ([] if named or in_block else [last])
+
+
+def _refuse_overlap(pattern: str, found: list[str], trained: tuple[str, ...]) -> None:
+    for name in found:
+        whole = _within(name, trained)
+        if whole is not None:
+            raise TargetError(
+                f"target {pattern!r} matches {name}, but train={whole!r} trains that layer whole. Choose one of the two"
+            )
+
+
+def _check_shapes(model: nn.Module, layers: Mapping[str, AdapterConfig]) -> None:
+    for name, config in layers.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear | QuantizedLinear | LoRALinear)
+        try:
+            config.check(layer.in_features, layer.out_features)
+        except ValueError as error:
+            raise TargetError(f"{name}: {error}, or exclude={name!r}") from None
+
+
+def refuse_tied(model: nn.Module, layers: Iterable[str]) -> None:
+    """Refuse to adapt one of two layers that share a weight: quantizing or merging it would untie them.
+
+    Raises:
+        TargetError: Naming both.
+    """
+    targets = {id(model.get_submodule(name)): name for name in layers}
+    owners: dict[int, list[tuple[str, int]]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((f"{name}.{key}", id(module)))
+    for shared in owners.values():
+        mine = [targets[module] for _, module in shared if module in targets]
+        if len(shared) > 1 and mine:
+            names = listing([name for name, _ in shared])
+            raise TargetError(
+                f"{mine[0]} shares its weight with another layer ({names}): exclude={mine[0]!r}, or untie it first"
+            )
+
+
+def _inventory(model: nn.Module) -> str:
+    kinds: dict[str, int] = {}
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            kinds[type(module).__name__] = kinds.get(type(module).__name__, 0) + 1
+    found = listing([f"{count} {kind}" for kind, count in kinds.items()]) or "no parameters at all"
+    return f"found {found}. If the layers are made later (configure_model, lazy modules), adapt the model after that"

@@ -1,0 +1,57 @@
+"""The two contracts a method implements: a frozen config that says what to build, and the adapter module it builds.
+
+A method is one file with one final class of each kind. The layer that holds adapters, injection, merging, counting and
+files work through these contracts alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.nn.base import BaseLayer
+
+
+class Adapter(nn.Module, ABC):
+    """All state of one adapter on one layer: its trainable parameters and the config it was built from.
+
+    Parameters are bare ``nn.Parameter``s rather than ``nn.Linear`` modules, so that nothing which searches a model for
+    linear layers (quantizers, sharding policies, another injection) finds the adapter itself.
+    """
+
+    config: AdapterConfig
+
+    @abstractmethod
+    def forward(self, x: Tensor, y: Tensor, base_layer: BaseLayer) -> Tensor:
+        """Return the adapted output of shape ``(..., O)``.
+
+        Args:
+            x: The layer's input of shape ``(..., I)``.
+            y: The output so far of shape ``(..., O)``: the base layer's, or an earlier adapter's.
+            base_layer: The frozen layer below.
+        """
+
+    @abstractmethod
+    def merged(self, weight: Tensor) -> Tensor:
+        """Return the weight ``(O, I)`` of the plain layer that computes what this adapter over ``weight`` does."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw the starting values, also after the parameters were materialized from the meta device."""
+
+
+class AdapterConfig(ABC):
+    """A method with its hyperparameters: a frozen value, valid as soon as it exists."""
+
+    method: ClassVar[str]
+
+    @abstractmethod
+    def check(self, in_features: int, out_features: int) -> None:
+        """Raise ``ValueError`` if a layer of this shape cannot be adapted so."""
+
+    @abstractmethod
+    def build(self, base_layer: BaseLayer, *, device: torch.device, dtype: torch.dtype) -> Adapter:
+        """Make an adapter for ``base_layer`` with parameters of ``dtype`` on ``device``."""

@@ -1,0 +1,128 @@
+"""LoRA: ``LoRAConfig`` says what to build, ``LoRA`` is the adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lora.nn.adapter import Adapter, AdapterConfig
+from lightning_lora.nn.base import BaseLayer
+from lightning_lora.nn.functional import add_low_rank, delta
+from lightning_lora.nn.init import INITIALIZERS
+
+SCALINGS: dict[str, Callable[[float, int], float]] = {
+    "standard": lambda alpha, r: alpha / r,
+    "rslora": lambda alpha, r: alpha / math.sqrt(r),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoRAConfig(AdapterConfig):
+    """Low-rank adaptation (Hu et al., arXiv 2106.09685): ``h = W x + s B A D(x)`` with ``A: (R, I)``, ``B: (O, R)``.
+
+    Args:
+        r: Rank ``R``, at least 1 and at most ``min(I, O)`` of every layer it is put on.
+        alpha: Numerator of the scaling ``s``. It acts much like a learning rate; when ``r`` changes, ``s`` changes with
+            it.
+        dropout: Probability with which ``D`` zeroes an element of the adapter's input while training.
+        init: ``"kaiming"`` or ``"gaussian"``, see :mod:`lightning_lora.nn.init`.
+        scaling: ``"standard"``: ``s = alpha / r``; ``"rslora"``: ``s = alpha / sqrt(r)`` (arXiv 2312.03732).
+
+    Raises:
+        TypeError: If a number is not one.
+        ValueError: If a value is out of range; the message says which are not.
+    """
+
+    method: ClassVar[str] = "lora"
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    init: str = "kaiming"
+    scaling: str = "standard"
+
+    def __post_init__(self) -> None:
+        for name, kind, word in (
+            ("r", Integral, "an integer"),
+            ("alpha", Real, "a number"),
+            ("dropout", Real, "a number"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"{name} must be {word}, got {value!r} ({type(value).__name__})")
+        if self.r < 1:
+            raise ValueError(f"r must be at least 1, got {self.r}. Typical ranks: 8, 16, 64")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(
+                f"alpha must be finite and above 0, got {self.alpha}. A common choice is 2 * r = {2 * self.r}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        for name, choices in (("init", INITIALIZERS), ("scaling", SCALINGS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(sorted(choices))}, got {value!r}")
+
+    @property
+    def scale(self) -> float:
+        """The factor ``s`` in front of ``B A``."""
+        return SCALINGS[self.scaling](self.alpha, self.r)
+
+    def check(self, in_features: int, out_features: int) -> None:
+        """Raise ``ValueError`` if the rank is more than such a layer can have."""
+        most = min(in_features, out_features)
+        if self.r > most:
+            raise ValueError(
+                f"r={self.r} is more than the full rank {most} of a layer {in_features} -> {out_features}; use r <= "
+                f"{most}"
+            )
+
+    def build(self, base_layer: BaseLayer, *, device: torch.device, dtype: torch.dtype) -> LoRA:
+        """Make a fresh :class:`LoRA` for ``base_layer``."""
+        return LoRA(self, base_layer.in_features, base_layer.out_features, device=device, dtype=dtype)
+
+
+class LoRA(Adapter):
+    """One LoRA on one layer: ``y' = y + s (D(x) A^T) B^T``.
+
+    Attributes:
+        lora_A: Down projection of shape ``(R, I)``, random at the start.
+        lora_B: Up projection of shape ``(O, R)``, zero at the start.
+    """
+
+    config: LoRAConfig
+
+    def __init__(
+        self, config: LoRAConfig, in_features: int, out_features: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.lora_A = nn.Parameter(torch.empty(config.r, in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(out_features, config.r, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, y: Tensor, base_layer: BaseLayer) -> Tensor:
+        """Map input ``(..., I)`` and base output ``(..., O)`` to the adapted output ``(..., O)``."""
+        if self.training and self.config.dropout > 0:
+            x = F.dropout(x, self.config.dropout)
+        return add_low_rank(y, x, self.lora_A, self.lora_B, self.config.scale)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """Return ``W + s B A`` in ``weight``'s dtype."""
+        return weight + delta(self.lora_A, self.lora_B, self.config.scale, weight.dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw ``A`` and zero ``B``."""
+        INITIALIZERS[self.config.init](self.lora_A, self.lora_B)
+
+    def extra_repr(self) -> str:
+        """The hyperparameters, for ``print(model)``."""
+        return f"r={self.config.r}, alpha={self.config.alpha:g}, dropout={self.config.dropout:g}"

@@ -1,0 +1,102 @@
+"""Making a module's own optimizers train exactly the adapters, with their schedulers kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_lora.errors import OptimizerError, listing
+from lightning_lora.optim.paged_adamw import paged_adamw_8bit, replaceable
+
+Scheduler = LRScheduler | ReduceLROnPlateau
+
+
+def rewrite_optimizers(
+    model: nn.Module, optimizers: Sequence[Optimizer], schedulers: Iterable[Scheduler], *, paged_8bit: bool
+) -> list[Optimizer]:
+    """Return optimizers over exactly the trainable parameters of ``model``.
+
+    Frozen parameters are taken out of every group, whatever the class. With ``paged_8bit``, ``torch.optim.Adam`` and
+    ``AdamW`` become bitsandbytes' paged 8-bit AdamW, and every scheduler goes on with the new one; optimizers of other
+    classes are kept.
+
+    Args:
+        model: A model with adapters.
+        optimizers: What ``configure_optimizers`` returned, not stepped yet.
+        schedulers: The schedulers over them, changed in place.
+        paged_8bit: Whether to swap Adam and AdamW.
+
+    Raises:
+        OptimizerError: If an optimizer holds no trainable parameter, if a trainable one is in none, or if a swap would
+            change what is computed.
+    """
+    _check_coverage(model, optimizers)
+    for optimizer in optimizers:
+        _drop_frozen(optimizer)
+    if not paged_8bit:
+        return list(optimizers)
+    swapped = {optimizer: paged_adamw_8bit(optimizer) for optimizer in optimizers if replaceable(optimizer)}
+    for scheduler in schedulers:
+        _repoint(scheduler, swapped)
+    return [swapped.get(optimizer, optimizer) for optimizer in optimizers]
+
+
+def _check_coverage(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    held: set[int] = set()
+    for index, optimizer in enumerate(optimizers):
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]} & trainable.keys()
+        if not mine:
+            raise OptimizerError(
+                f"optimizer {index} ({type(optimizer).__name__}) holds no adapter, so its steps would change nothing. "
+                "Build it from "
+                "self.parameters() in configure_optimizers (frozen parameters are taken out for you), not before the "
+                "adapters exist"
+            )
+        held |= mine
+    missing = [name for key, name in trainable.items() if key not in held]
+    if missing and optimizers:
+        raise OptimizerError(
+            f"{len(missing)} of {len(trainable)} trainable parameters are in no optimizer and would stay as they are: "
+            f"{listing(missing)}. "
+            "Pass self.parameters() in configure_optimizers, or exclude those layers"
+        )
+
+
+def _drop_frozen(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        names = group.get("param_names")
+        if names is not None:
+            group["param_names"] = [name for name, p in zip(names, group["params"], strict=True) if p.requires_grad]
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+
+
+def _repoint(scheduler: Any, swapped: dict[Optimizer, Optimizer]) -> None:
+    """Let a scheduler, and those it is made of, drive the new optimizer."""
+    for inner in getattr(scheduler, "_schedulers", ()):
+        _repoint(inner, swapped)
+    new = swapped.get(scheduler.optimizer)
+    if new is None:
+        return
+    scheduler.optimizer = new
+    # A scheduler counts the steps of its optimizer through a wrapper it puts around `step`, to warn when it is stepped
+    # first. It does so when it is built, and only then (torch/optim/lr_scheduler.py); the new optimizer needs the same
+    # wrapper.
+    patch = getattr(scheduler, "_initial_step", None)
+    if patch is not None and not hasattr(new.step, "_wrapped_by_lr_sched"):
+        _count_steps(new)
+
+
+def _count_steps(optimizer: Any) -> None:
+    step = optimizer.step
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        optimizer._opt_called = True
+        return step(*args, **kwargs)
+
+    counted._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = counted

@@ -1,0 +1,42 @@
+"""How frozen base weights are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NF4Config:
+    """4-bit NormalFloat (Dettmers et al., QLoRA, arXiv 2305.14314, section 3).
+
+    Each block of ``block_size`` weights is divided by its absolute maximum and rounded to one of 16 levels. The maxima
+    are stored in ``float32``, or with ``double_quant`` in 8 bits with one ``float32`` per 256 of them: 4.127 instead of
+    4.5 bits per weight.
+
+    Args:
+        block_size: Weights that share a maximum; one of 32, 64, ..., 4096.
+        double_quant: Whether to quantize the maxima too.
+        compute_dtype: What the weight is dequantized to for each product. None follows the input, or autocast where it
+            is on: the Trainer's precision.
+
+    Raises:
+        ValueError: If a value is none of the choices.
+    """
+
+    block_size: int = 64
+    double_quant: bool = True
+    compute_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {self.block_size!r}")
+        if not isinstance(self.double_quant, bool):
+            raise ValueError(f"double_quant must be True or False, got {self.double_quant!r}")
+        if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
+            choices = ", ".join(map(str, COMPUTE_DTYPES))
+            raise ValueError(f"compute_dtype must be None or one of {choices}, got {self.compute_dtype!r}")

@@ -1,0 +1,83 @@
+"""Quantizing the frozen layers under the adapters of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lightning_lora import dependencies
+from lightning_lora.errors import QuantizationError, listing
+from lightning_lora.model.layers import require_adapters
+from lightning_lora.model.merge import is_finite
+from lightning_lora.nn.base import QuantizedLinear
+from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.quantization.config import NF4Config
+from lightning_lora.quantization.nf4 import NF4Linear
+
+_DEFAULT = NF4Config()
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, config: NF4Config = _DEFAULT, *, device: torch.device | str | None = None) -> nn.Module:
+    """Quantize the base layer under every adapted layer of ``model``, in place, and return the model.
+
+    Everything is checked before the first layer is touched. Layers are quantized one at a time, each original being
+    freed before the next, so the extra memory is that of the largest layer. A layer that is quantized already stays as
+    it is, and so does one that :func:`kept_dense` names.
+
+    Args:
+        model: A model with adapters.
+        config: How to store the weights.
+        device: Where to quantize, and where the packed layers then are; None keeps each layer where it is.
+
+    Raises:
+        AdapterError: If the model has no adapters.
+        QuantizationError: If a weight is on the meta device or not finite, or if no layer can be quantized.
+        UnsupportedError: If bitsandbytes is not installed.
+    """
+    dependencies.bitsandbytes("quantization='nf4'")
+    dense = {name: layer for name, layer in require_adapters(model).items() if isinstance(layer.base_layer, nn.Linear)}
+    kept = kept_dense(dense, device)
+    if dense and len(kept) == len(dense):
+        reasons = listing(f"{name}: {reason}" for name, reason in kept.items())
+        raise QuantizationError(
+            f"none of the {len(dense)} adapted layers can be held in NF4 ({reasons}). Use quantization=None"
+        )
+    chosen = {name: layer for name, layer in dense.items() if name not in kept}
+    _check_weights(chosen)
+    for layer in chosen.values():
+        base = layer.base_layer
+        assert isinstance(base, nn.Linear)
+        layer.base_layer = NF4Linear.from_linear(base if device is None else base.to(device), config)
+        if device is not None:
+            layer.adapters.to(device)
+    return model
+
+
+def kept_dense(layers: Mapping[str, LoRALinear], device: torch.device | str | None = None) -> dict[str, str]:
+    """Return the layers NF4 cannot hold on their device (or on ``device``), with the reason. They stay as they are."""
+    kept = {}
+    for name, layer in layers.items():
+        where = torch.device(device) if device is not None else layer.device
+        if isinstance(layer.base_layer, QuantizedLinear):
+            continue
+        if where.type not in ("cpu", "cuda"):
+            kept[name] = f"no NF4 kernel for {where.type}"
+        elif where.type == "cpu" and layer.in_features % 2:
+            kept[name] = f"in_features={layer.in_features} is odd, which the CPU kernel cannot pack"
+    return kept
+
+
+def _check_weights(layers: Mapping[str, LoRALinear]) -> None:
+    for name, layer in layers.items():
+        weight = layer.base_layer.weight
+        assert isinstance(weight, torch.Tensor)
+        if weight.is_meta:
+            raise QuantizationError(f"{name} has no weight yet (meta device); load the weights before quantizing")
+        if not is_finite(weight):
+            raise QuantizationError(
+                f"the base weight of {name} holds NaN or infinity: one such value would spoil its whole block. "
+                f"Mend the base model, or pass exclude={name!r}"
+            )
