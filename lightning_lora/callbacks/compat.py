@@ -16,7 +16,7 @@ _CONFLICTS: dict[type[Callback], str] = {
 }
 
 
-def check_trainer(trainer: Trainer, callback: Callback) -> None:
+def check_trainer(trainer: Trainer) -> None:
     """Refuse what would silently break.
 
     Raises:
@@ -34,10 +34,6 @@ def check_trainer(trainer: Trainer, callback: Callback) -> None:
             "and leaves precision='bf16-mixed' free"
         )
     for other in trainer.callbacks:  # type: ignore[attr-defined]
-        if type(other) is type(callback) and other is not callback:
-            raise UnsupportedError(
-                "two LoRA callbacks in one Trainer; use one, with a mapping of targets for different ranks"
-            )
         for kind, reason in _CONFLICTS.items():
             if isinstance(other, kind):
                 raise UnsupportedError(f"{type(other).__name__} {reason}. Drop one of the two callbacks")

@@ -56,7 +56,7 @@ class FineTune:
     def unmerge(self, module: nn.Module) -> None:
         """Put the adapted layers back."""
         for layer, plain in self._merged.items():
-            layer.to(plain.weight.device)
+            layer.to(plain.weight.device).train(plain.training)
         replace(module, {plain: layer for layer, plain in self._merged.items()})
         self._merged = {}
 

@@ -117,7 +117,7 @@ class LoRACallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Arrange for the model to be adapted once it stands, for its optimizers, and for its checkpoints."""
         self._release()
-        check_trainer(trainer, self)
+        check_trainer(trainer)
         self._remerge = False
         self._checked = set()
         strategy = trainer.strategy

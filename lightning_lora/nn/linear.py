@@ -23,7 +23,7 @@ class LoRALinear(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
-        self.training = base_layer.training
+        self.train(base_layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., I)`` to ``(..., O)``."""

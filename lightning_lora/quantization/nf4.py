@@ -172,5 +172,6 @@ class _DequantizedLinear(torch.autograd.Function):
 @lru_cache(maxsize=16)
 def _nested_code(device: torch.device) -> Tensor:
     """The 256 levels of the 8-bit maxima: the same for every layer, so none of them stores it."""
-    code: Tensor = dependencies.bitsandbytes("NF4").functional.create_dynamic_map().to(device)
+    with torch.inference_mode(False):  # kept for all later calls, also those that record gradients
+        code: Tensor = dependencies.bitsandbytes("NF4").functional.create_dynamic_map().to(device)
     return code

@@ -115,9 +115,10 @@ class LanguageModel(LightningModule):
         self.lr = lr
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the network's logits."""
-        y: Tensor = self.network(tokens)
-        return y
+        """Return the network's logits, also from the output object of a Hugging Face model."""
+        output = self.network(tokens)
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        return logits
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         """Mean loss of a ``(batch, time + 1)`` window in nats; the progress bar shows it in bits."""

@@ -1,0 +1,121 @@
+"""The merged model is the trained function."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, MergeError, NF4Config, disabled, inject, merge, quantize
+from tests.conftest import randomize, relative_difference
+
+BASES = [None, NF4Config(), NF4Config(double_quant=False, block_size=128)]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+def test_merge_gives_the_adapted_logits_and_the_original_keys(net, tokens, base, scaling):
+    keys, shapes = list(net.state_dict()), [v.shape for v in net.state_dict().values()]
+    randomize(inject(net, config=LoRAConfig(r=8, scaling=scaling)))
+    if base is not None:
+        quantize(net, base)
+    adapted = net(tokens)
+    merge(net)
+    assert relative_difference(net(tokens), adapted) <= 1e-5  # fp32, summed in another order
+    assert (list(net.state_dict()), [v.shape for v in net.state_dict().values()]) == (keys, shapes)
+    assert {type(m) for m in net.modules()} == {
+        type(net),
+        nn.Embedding,
+        nn.ModuleList,
+        nn.ModuleDict,
+        nn.Linear,
+        nn.LayerNorm,
+    }
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_merged_weights_in_bfloat16_stay_close_to_the_adapted_logits(net, tokens, base):
+    randomize(inject(net, config=LoRAConfig(r=8)), std=0.02)
+    if base is not None:
+        quantize(net, base)
+    adapted = net(tokens)
+    merge(net, dtype=torch.bfloat16)
+    # One rounding to 8 bits per weight: 2^-9 relative at most, averaged over the inputs of a layer
+    assert relative_difference(net.float()(tokens), adapted) <= 2e-3
+
+
+@pytest.mark.parametrize("ratio", [0.004, 0.04])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_update_survives_the_merge_over_nf4(ratio, dtype):
+    """Re-quantizing keeps about 1% of an update of 0.4% of the weight's norm; a merge has to keep all of it."""
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False))
+    nn.init.normal_(model[0].weight, std=0.02)
+    randomize(inject(model, config=LoRAConfig(r=16, alpha=16)), std=1.0)
+    host = quantize(model)[0]
+    adapter = host.adapter("default")
+    weight = host.base_layer.dequantize(torch.float32)
+    with torch.no_grad():
+        adapter.lora_B *= ratio * weight.norm() / (adapter.lora_B @ adapter.lora_A).norm()
+        update = adapter.lora_B @ adapter.lora_A
+    assert update.norm() / weight.norm() == pytest.approx(ratio, rel=1e-4)
+    found = merge(model, dtype=dtype)[0].weight.float() - weight
+    assert (found * update).sum() / update.square().sum() == pytest.approx(1.0, abs=0.01)
+
+
+def test_bias_hooks_and_mode_of_the_original_layer_survive():
+    calls = []
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)).eval()
+    model[0].register_forward_hook(lambda *_: calls.append("hook"))
+    x = torch.randn(3, 8)
+    y = randomize(inject(model, config=LoRAConfig(r=2)))(x)
+    merge(model)
+    calls.clear()
+    assert torch.allclose(model(x), y, atol=1e-6)
+    assert calls == ["hook"]
+    assert not model[0].training
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_stops_the_merge_before_anything_changes(net, bad):
+    randomize(inject(net))
+    with torch.no_grad():
+        net.blocks[1]["up_proj"].adapter("default").lora_B[0, 0] = bad
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(
+        MergeError, match=r"NaN or infinity in blocks.1.up_proj \(its merged weight\); nothing was merged"
+    ):
+        merge(net)
+    after = net.state_dict()
+    assert list(after) == list(before)
+    assert all(
+        torch.equal(
+            after[key],
+            before[key],
+        )
+        or key.endswith("1.up_proj.adapters.default.lora_B")
+        for key in before
+    )
+
+
+def test_overflow_of_a_narrow_dtype_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    randomize(inject(model, config=LoRAConfig(r=1)))
+    with torch.no_grad():
+        model[0].base_layer.weight.fill_(7e4)
+    with pytest.raises(MergeError, match=r"dtype=torch\.float32"):
+        merge(model, dtype=torch.float16)
+
+
+def test_merge_after_a_cast_of_the_model_gives_layers_of_that_dtype(net, tokens):
+    randomize(inject(net))
+    quantize(net).to(torch.bfloat16)
+    adapted = net(tokens)
+    assert merge(net).blocks[0]["q_proj"].weight.dtype == torch.bfloat16
+    assert relative_difference(net(tokens).float(), adapted.float()) < 0.05  # all products in bf16, twice
+
+
+def test_the_base_is_untouched_by_training_and_merging_elsewhere(net, tokens):
+    base = net(tokens)
+    randomize(inject(net))
+    with disabled(net):
+        assert torch.equal(net(tokens), base)
