@@ -122,11 +122,12 @@ class LoRACallback(Callback):
         self._checked = set()
         strategy = trainer.strategy
         # No hook lies between configure_model and the restoring of a checkpoint, and none between configure_optimizers
-        # and its use (Lightning issues 19658 and 21272), so these methods are wrapped on the instances until teardown.
+        # and its use (Lightning issues 19658 and 21272), so these methods are wrapped on the instances: the module's
+        # until it has been called, the strategy's until teardown.
         self._undo = [
-            wrap(pl_module, "configure_model", after=lambda: self._adapt(trainer, pl_module)),
             wrap(strategy, "setup_optimizers", after=lambda *_: self._rewrite_optimizers(trainer, pl_module)),
             wrap(strategy, "load_model_state_dict", before=lambda ckpt, *_, **__: self._before_load(pl_module, ckpt)),
+            wrap(pl_module, "configure_model", after=lambda: self._after_configure_model(trainer, pl_module)),
         ]
         # The one method every checkpoint passes through, also with save_weights_only, which skips the hooks of
         # callbacks. It stays wrapped after teardown: trainer.save_checkpoint may be called then.
@@ -204,10 +205,14 @@ class LoRACallback(Callback):
 
     # What the wraps call
 
+    def _after_configure_model(self, trainer: Trainer, module: LightningModule) -> None:
+        self._undo.pop()()
+        self._adapt(trainer, module)
+
     def _adapt(self, trainer: Trainer, module: LightningModule) -> None:
         """Bring the module to the state this stage needs."""
         finetune = self._finetunes.get(module)
-        if finetune is not None:
+        if finetune is not None and (finetune.is_merged or adapted_layers(module)):
             if finetune.is_merged and trainer.state.fn == "fit":
                 rank_zero_info("LoRA: training goes on with the adapters of the last run")
                 finetune.unmerge(module)
@@ -238,6 +243,11 @@ class LoRACallback(Callback):
 
     def _require_same(self, module: LightningModule) -> None:
         """Take a module that was adapted before as it is, if it is what this callback would have made."""
+        if self.adapter is not None:
+            raise AdapterError(
+                f"the module holds adapters already, which adapter={str(self.adapter)!r} would overwrite. Drop that "
+                "argument to go on with them, or delete_adapter(module, 'default') first"
+            )
         plan = resolve(module, self.targets, self.config, exclude=self.exclude, train=self.train)
         wanted = describe_loras(
             {name: config for name, config in plan.layers.items() if isinstance(config, LoRAConfig)}

@@ -1,6 +1,6 @@
 """Doing something before or after a method of one object, where Lightning has no hook, and undoing it.
 
-Only the instance is touched, never a class, and what is put there can be pickled and deep-copied with it.
+Only the instance is touched, never a class.
 """
 
 from __future__ import annotations

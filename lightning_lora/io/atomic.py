@@ -34,12 +34,6 @@ def replacing(path: Path) -> Iterator[Path]:
     _sync(path.parent)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, completely or not at all; see :func:`replacing`."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
 def _sync(path: Path) -> None:
     """Force a file, or the entry of a renamed one in its folder, to disk; Windows cannot sync a folder."""
     if path.is_dir() and os.name != "posix":

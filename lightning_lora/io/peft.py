@@ -82,16 +82,8 @@ def to_peft(configs: Mapping[str, AdapterConfig], *, names: Iterable[str], train
     }
 
 
-def from_peft(settings: Mapping[str, Any], layers: Iterable[str]) -> dict[str, LoRAConfig]:
-    """Return our config of each layer.
-
-    Args:
-        settings: The parsed ``adapter_config.json``.
-        layers: Names of the adapted layers, as the tensors have them.
-
-    Raises:
-        AdapterError: If a setting is missing, broken, or changes the function in a way not supported.
-    """
+def check_supported(settings: Mapping[str, Any]) -> None:
+    """Raise ``AdapterError`` if a setting is missing, or changes the function in a way not supported."""
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"peft_type is {kind!r}, expected 'LORA'")
@@ -102,6 +94,22 @@ def from_peft(settings: Mapping[str, Any], layers: Iterable[str]) -> dict[str, L
     missing = [key for key in ("r", "lora_alpha") if key not in settings]
     if missing:
         raise AdapterError(f"{listing(missing)} is missing; without it the adapter would be scaled wrongly")
+    whole = settings.get("modules_to_save") or []
+    if not isinstance(whole, list) or not all(isinstance(name, str) and name for name in whole):
+        raise AdapterError(f"modules_to_save is {whole!r}, expected a list of names")
+
+
+def from_peft(settings: Mapping[str, Any], layers: Iterable[str]) -> dict[str, LoRAConfig]:
+    """Return our config of each layer.
+
+    Args:
+        settings: The parsed ``adapter_config.json``.
+        layers: Names of the adapted layers, as the tensors have them.
+
+    Raises:
+        AdapterError: If a setting is missing, broken, or changes the function in a way not supported.
+    """
+    check_supported(settings)
     ranks, alphas = (_patterns(settings, key) for key in ("rank_pattern", "alpha_pattern"))
     try:
         return {

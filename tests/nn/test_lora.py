@@ -103,7 +103,7 @@ def test_autocast_computes_in_its_dtype():
 
 @pytest.mark.parametrize("r", [1, 2, 4])
 def test_lora_reaches_the_eckart_young_bound(r):
-    """For whitened inputs and target W + D, the least loss is the sum of D's squared singular values beyond the r-th."""
+    """For whitened inputs and target W + D, the least loss is the sum of D's later squared singular values."""
     delta = torch.randn(24, 32, dtype=torch.float64)
     model = inject(nn.Sequential(nn.Linear(32, 24, bias=False, dtype=torch.float64)), config=LoRAConfig(r=r, alpha=r))
     target = model[0].base_layer.weight + delta

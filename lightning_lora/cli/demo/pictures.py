@@ -35,8 +35,9 @@ def _loss_curve(path: Path, losses: list[float], report: dict[str, Any]) -> None
     axes.plot(smooth, color=BLUE, linewidth=2, label=f"training, mean of {width} steps")
     ends = (0, len(losses) - 1), (report["held_out_before"], report["held_out_after"])
     axes.plot(*ends, "o", color=RED, markersize=8, label="held-out, before and after")
-    for x, y, align in zip(*ends, ("left", "right"), strict=True):
-        axes.annotate(f"{y:.2f}", (x, y), textcoords="offset points", xytext=(0, 9), ha=align, color=RED)
+    for x, y in zip(*ends, strict=True):
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.annotate(f"{y:.2f}", (x, y), (0, -18), textcoords="offset points", ha="center", color=RED, bbox=box)
     axes.set(xlabel="step", ylabel="bits per byte", title=f"QLoRA of the demo model on {report['text']}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -22,7 +22,7 @@ from lightning_lora.cli import console
 from lightning_lora.cli.demo import pictures
 from lightning_lora.cli.demo.model import LanguageModel
 from lightning_lora.cli.demo.task import Task, Text
-from lightning_lora.io.adapter_folder import WEIGHTS
+from lightning_lora.io.adapter_file import WEIGHTS
 from lightning_lora.model.summary import Summary, summary
 from lightning_lora.optim.report import OptimizerReport, optimizer_report
 

@@ -1,0 +1,140 @@
+"""Fitting a parsed adapter to a model: which layers it adapts, and whether every tensor has its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from lightning_lora.errors import AdapterError, listing
+from lightning_lora.io import peft
+from lightning_lora.io.adapter_file import CONFIG, WEIGHTS, AdapterFile
+from lightning_lora.io.description import describe, describe_loras, differences
+from lightning_lora.io.keys import PREFIX, canonical
+from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.parameters import trained_modules
+from lightning_lora.model.targets import Plan
+from lightning_lora.nn.base import QuantizedLinear, why_not_linear
+from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.lora import LoRAConfig
+
+
+def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
+    """Decide which layers of the model the file adapts and how; everything in the file is checked against the model.
+
+    Raises:
+        AdapterError: If a tensor has no place, a layer no tensor, or a shape differs.
+    """
+    live = {canonical(path): path for path, module in model.named_modules()}
+    incomplete = [path for path, tensors in file.adapters.items() if set(tensors) != {"lora_A", "lora_B"}]
+    if incomplete:
+        raise AdapterError(f"{listing(incomplete)} has only one of lora_A and lora_B")
+    if not file.adapters:
+        raise AdapterError(f"{WEIGHTS} holds no adapter")
+    absent = [path for path in file.adapters if path not in live]
+    if absent:
+        here = [path for path in live if path and why_not_linear(model.get_submodule(live[path])) is None]
+        raise AdapterError(
+            f"{len(absent)} of {len(file.adapters)} adapted layers are not in {type(model).__name__}: "
+            f"{listing(absent, 3)}. "
+            f"Its linear layers are {listing(here, 3)}. Pass the module the adapter was trained on, which may be one "
+            "level up or down"
+        )
+    linear = [path for path, real in live.items() if _is_adaptable(model.get_submodule(real))]
+    whole = _trained_whole(live, file)
+    inside = tuple(f"{module}." for module in whole)
+    candidates = [path for path in linear if not f"{path}.".startswith(inside)]
+    expected = peft.expected_layers(file.settings, [*candidates, *file.adapters])
+    if expected is not None:
+        missing, extra = sorted(expected - file.adapters.keys()), sorted(file.adapters.keys() - expected)
+        if missing:
+            raise AdapterError(f"{CONFIG} names layers that {WEIGHTS} has no tensors for: {listing(missing)}")
+        if extra:
+            raise AdapterError(f"{WEIGHTS} holds layers that {CONFIG} does not name: {listing(extra)}")
+    configs = peft.from_peft(file.settings, file.adapters)
+    if file.metadata is not None:
+        apart = differences(file.metadata, describe_loras(configs))
+        if apart:
+            raise AdapterError(
+                f"{CONFIG} and the header of {WEIGHTS} disagree, one was changed or they are of two saves: "
+                f"{'; '.join(apart)}"
+            )
+    _check_shapes(model, live, configs, file)
+    _check_trained(model, whole, file)
+    train = tuple(live[module] for module in whole)
+    order = {path: index for index, path in enumerate(live)}
+    return Plan(layers={live[path]: configs[path] for path in sorted(configs, key=order.__getitem__)}, train=train)
+
+
+def require_same(model: nn.Module, plan: Plan, name: str) -> None:
+    """Raise ``AdapterError`` unless adapter ``name`` of the model is of the same kind as the planned one."""
+    here = describe(model, name) | {"train": _keys_of(model, trained_modules(model))}
+    theirs = describe_loras({canonical(p): c for p, c in plan.layers.items() if isinstance(c, LoRAConfig)})
+    apart = differences(theirs | {"train": _keys_of(model, plan.train)}, here)
+    if apart:
+        raise AdapterError(f"the model already has an adapter {name!r} of another kind: {'; '.join(apart)}")
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    return isinstance(module, LoRALinear) or why_not_linear(module) is None
+
+
+def _check_shapes(
+    model: nn.Module, live: Mapping[str, str], configs: Mapping[str, LoRAConfig], file: AdapterFile
+) -> None:
+    for path, config in configs.items():
+        layer = model.get_submodule(live[path])
+        if not isinstance(layer, nn.Linear | QuantizedLinear | LoRALinear):
+            raise AdapterError(f"{path} is a {type(layer).__name__} in this model, which is no linear layer")
+        wanted = {"lora_A": (config.r, layer.in_features), "lora_B": (layer.out_features, config.r)}
+        for tensor, shape in wanted.items():
+            found = tuple(file.adapters[path][tensor].shape)
+            if found != shape:
+                raise AdapterError(
+                    f"{path}.{tensor} has shape {found}, expected {shape} for r={config.r} over this layer"
+                )
+
+
+def _trained_whole(live: Mapping[str, str], file: AdapterFile) -> tuple[str, ...]:
+    """The modules the file holds whole. PEFT names them by the end of their name, and also some no model has."""
+    ends = tuple(file.settings.get("modules_to_save") or ())
+    keys = tuple(key.removeprefix(PREFIX) for key in file.others if key.startswith(PREFIX))
+    held = [path for path in live if path.endswith(ends) and any(key.startswith(f"{path}.") for key in keys)]
+    whole = tuple(path for path in held if not path.startswith(tuple(f"{outer}." for outer in held)))
+    strangers = [key for key in file.others if not key.startswith(tuple(f"{PREFIX}{path}." for path in whole))]
+    if strangers:
+        raise AdapterError(
+            f"{WEIGHTS} holds {listing(strangers)}: neither a tensor of an adapter nor of a module named in "
+            "modules_to_save. Loading it would overwrite the base model"
+        )
+    absent = [
+        end for end in ends if any(path.endswith(end) for path in live) and not any(p.endswith(end) for p in whole)
+    ]
+    if absent:
+        raise AdapterError(f"{CONFIG} names {listing(absent)} in modules_to_save, but {WEIGHTS} has no tensors for it")
+    return whole
+
+
+def _check_trained(model: nn.Module, whole: tuple[str, ...], file: AdapterFile) -> None:
+    """Check the tensors of modules trained whole against the model."""
+    inside = tuple(f"{path}." for path in whole)
+    adapted = [
+        path for path in [*file.adapters, *map(canonical, adapted_layers(model))] if f"{path}.".startswith(inside)
+    ]
+    if adapted:
+        raise AdapterError(f"modules_to_save holds {listing(adapted)} whole, which has an adapter too")
+    state = {canonical(key): value for key, value in model.state_dict().items()}
+    trained = {key.removeprefix(PREFIX): value for key, value in file.others.items()}
+    for key, value in trained.items():
+        if key not in state or state[key].shape != value.shape:
+            has = f"shape {tuple(state[key].shape)}" if key in state else "no such tensor"
+            raise AdapterError(f"{key} has shape {tuple(value.shape)} in the file, the model has {has}")
+    lacking = [key for key in state if key.startswith(inside) and key not in trained]
+    if lacking:
+        raise AdapterError(f"{WEIGHTS} lacks {listing(lacking)} of a module named in modules_to_save")
+
+
+def _keys_of(model: nn.Module, modules: Iterable[str]) -> list[str]:
+    """What the modules hold, by name: a container and the one layer in it with parameters hold the same."""
+    inside = tuple(f"{module}." for module in modules)
+    return sorted(canonical(key) for key in model.state_dict() if key.startswith(inside))
