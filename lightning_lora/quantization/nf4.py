@@ -22,6 +22,9 @@ NESTED_BLOCK = 256
 """How many block maxima share a constant under double quantization (QLoRA, section 3)."""
 
 
+_CPU_PIECE = 2**18  # weights packed at once on the CPU; a multiple of every block size
+
+
 class NF4Linear(QuantizedLinear):
     """``y = x deq(W)^T + b``: the weight is dequantized for each product and never kept.
 
@@ -73,13 +76,22 @@ class NF4Linear(QuantizedLinear):
         """Quantize a layer's weight; the layer is left as it is and its bias is shared."""
         functional = dependencies.bitsandbytes("NF4").functional
         weight = layer.weight.detach()
-        codes, state = functional.quantize_4bit(
-            weight.contiguous() if weight.dtype in COMPUTE_DTYPES else weight.float(),
-            blocksize=config.block_size,
-            compress_statistics=config.double_quant,
-            quant_type="nf4",
-        )
-        return cls.from_state(codes, state, config, bias=layer.bias, source_dtype=weight.dtype).train(layer.training)
+        codes, absmax = _pack(functional, weight.reshape(-1), config.block_size)
+        nested_absmax = offset = None
+        if config.double_quant:  # QLoRA, section 3: the maxima are positive, so their mean is taken off first
+            offset = absmax.mean()
+            absmax, state = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+            nested_absmax = state.absmax
+        return cls(
+            (layer.out_features, layer.in_features),
+            config,
+            codes=codes,
+            absmax=absmax,
+            nested_absmax=nested_absmax,
+            offset=offset,
+            bias=layer.bias,
+            source_dtype=weight.dtype,
+        ).train(layer.training)
 
     @classmethod
     def from_state(
@@ -167,6 +179,24 @@ class _DequantizedLinear(torch.autograd.Function):
         grad_x = grad @ ctx.layer.dequantize(grad.dtype) if x_needed else None
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if bias_needed else None
         return grad_x, grad_bias, None
+
+
+def _pack(functional: Any, flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return codes and block maxima of a flat weight.
+
+    On the CPU bitsandbytes makes up to 14 bytes of temporaries for each weight it packs at once, so it gets pieces.
+    """
+    count = flat.numel()
+    piece = _CPU_PIECE if flat.device.type == "cpu" else max(count, 1)
+    codes = torch.empty((count + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-count // block_size), dtype=torch.float32, device=flat.device)
+    for start in range(0, count, piece):
+        part = flat[start : start + piece]
+        floats = part if part.dtype in COMPUTE_DTYPES else part.float()
+        packed, state = functional.quantize_4bit(floats, blocksize=block_size, quant_type="nf4")
+        codes[start // 2 : start // 2 + packed.numel()] = packed.reshape(-1)
+        absmax[start // block_size : start // block_size + state.absmax.numel()] = state.absmax
+    return codes, absmax
 
 
 @lru_cache(maxsize=16)

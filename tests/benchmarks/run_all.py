@@ -1,0 +1,77 @@
+"""Run every benchmark and write what they found to docs/benchmarks/cpu.md and docs/benchmarks/cpu.json.
+
+Each script runs in a process of its own, with the threads asked for; its table appears as soon as it is done. Takes
+about ten minutes on two cores. The written tables name the command that makes each of them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from report import Report
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SCRIPTS = ("linear_step.py", "saved_activations.py", "injection.py", "quantization_memory.py")
+INTRODUCTION = """# Benchmarks on a CPU
+
+Written by `python tests/benchmarks/run_all.py`. Each section names the command that makes its figures again, from the
+root of the repository. Figures of time are comparable within a row, not between machines."""
+
+
+def main() -> None:
+    """Run, print and write."""
+    arguments = parse()
+    documents = {script: run(script, arguments.threads) for script in SCRIPTS}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "cpu.md").write_text(markdown(list(documents.values())))
+    (arguments.out / "cpu.json").write_text(json.dumps(documents, indent=2) + "\n")
+    unmet = [claim["text"] for document in documents.values() for claim in document["claims"] if not claim["met"]]
+    print(f"wrote {arguments.out}/cpu.md and cpu.json; {len(unmet)} claims not met")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="OMP_NUM_THREADS of every benchmark (default 1: with more, whatever else runs on the machine makes "
+        "threads wait for each other, and small operations look far dearer than they are)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="FOLDER", help="where to write the two files"
+    )
+    return parser.parse_args()
+
+
+def run(script: str, threads: int) -> dict[str, Any]:
+    """Run one benchmark, let it print its table, and return what it wrote."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(paths)}
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "figures.json"
+        subprocess.run([sys.executable, str(HERE / script), "--json", str(written)], check=True, env=environment)
+        print()
+        document: dict[str, Any] = json.loads(written.read_text())
+    return document
+
+
+def markdown(documents: list[dict[str, Any]]) -> str:
+    """The page: where it ran, then each table under its command."""
+    environment = documents[0]["environment"]
+    where = "\n".join(f"- {name}: {value}" for name, value in environment.items())
+    reports = [Report.from_json({k: v for k, v in document.items() if k != "environment"}) for document in documents]
+    return "\n\n".join([INTRODUCTION, where, *(report.markdown().rstrip() for report in reports)]) + "\n"
+
+
+if __name__ == "__main__":
+    main()
