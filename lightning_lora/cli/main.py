@@ -70,9 +70,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser], sha
     demo.add_argument(
         "--out", type=Path, default=Path("lora_demo"), help="folder for adapter, merged weights, pictures and report"
     )
-    demo.add_argument(
-        "--steps", type=_positive, default=300, help="training steps of 16 windows (default: %(default)s)"
-    )
+    demo.add_argument("--steps", type=_positive, default=350, help="training steps of 8 windows (default: %(default)s)")
     demo.add_argument("--r", type=_positive, default=8, help="rank of the adapters (default: %(default)s)")
     demo.add_argument("--model", help="a Hugging Face causal language model instead, by hub id or folder (extra: hf)")
     demo.add_argument(

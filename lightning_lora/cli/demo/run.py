@@ -27,6 +27,7 @@ from lightning_lora.model.summary import Summary, summary
 from lightning_lora.optim.report import OptimizerReport, optimizer_report
 
 SAMPLE_BYTES = 150
+BATCH = 8
 
 
 @dataclass
@@ -114,8 +115,8 @@ def _score(task: Task) -> Scores:
 
 
 def _fit(module: LanguageModel, text: Text, callbacks: list[Callback], steps: int) -> float:
-    draws = RandomSampler(range(len(text.windows)), replacement=True, num_samples=16 * steps)  # one epoch, one bar
-    loader = DataLoader(TensorDataset(text.windows), batch_size=16, sampler=draws)
+    draws = RandomSampler(range(len(text.windows)), replacement=True, num_samples=BATCH * steps)  # one epoch, one bar
+    loader = DataLoader(TensorDataset(text.windows), batch_size=BATCH, sampler=draws)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities"):
         logging.getLogger(name).setLevel(logging.WARNING)  # the demo tells the same in fewer words
     began = time.perf_counter()

@@ -67,7 +67,7 @@ def byte_task(base: Path, data: Path | None) -> Task:
         held_out=windows(name, text.held_out, 200),
         other=windows("code", corpus.code().held_out, 200),
         generate=lambda length: network.generate(b"The ", length).decode(errors="replace"),
-        lr=1e-2,
+        lr=7e-3,
     )
 
 
