@@ -11,6 +11,7 @@ from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import rewrite_optimizers
 from lightning_lora.quantization.config import NF4Config
-from lightning_lora.quantization.quantize import kept_dense, quantize
+from lightning_lora.quantization.quantize import check_quantizable, quantize
 
 METHODS: dict[str, type[LoRAConfig]] = {"lora": LoRAConfig}
 QUANTIZATIONS: dict[str, NF4Config] = {"nf4": NF4Config()}
@@ -225,21 +226,29 @@ class LoRACallback(Callback):
         self._report(module)
 
     def _inject(self, trainer: Trainer, module: LightningModule) -> None:
-        device = trainer.strategy.root_device
+        device = None if trainer.strategy.root_device.type == "cpu" else trainer.strategy.root_device
         if self.adapter is not None:
             load_adapter(network(module), self.adapter)
         else:
             plan = resolve(module, self.targets, self.config, exclude=self.exclude, train=self.train)
-            _check_base(module, plan)
+            self._check_base(module, plan, device)
             apply(module, plan)
-            if plan.left:
-                left = listing(f"{name} ({reason})" for name, reason in plan.left.items())
-                rank_zero_info(f"LoRA: left as they are: {left}")
+            _tell("left as they are", plan.left)
         if self.quantization is not None:
-            kept = kept_dense(adapted_layers(module), device)
-            quantize(module, self.quantization, device=None if device.type == "cpu" else device)
-            if kept:
-                rank_zero_info(f"LoRA: not quantized: {listing(f'{name} ({reason})' for name, reason in kept.items())}")
+            _tell("not quantized", check_quantizable(adapted_layers(module), device))
+            quantize(module, self.quantization, device=device)
+
+    def _check_base(self, module: LightningModule, plan: Plan, device: torch.device | None) -> None:
+        """See that the base can be trained on, and quantized if it is to be, before anything is changed."""
+        layers = {name: module.get_submodule(name) for name in plan.layers}
+        weights = {name: layer.weight.detach() for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+        for name, weight in weights.items():
+            if weight.is_floating_point() and not weight.is_meta and not is_finite(weight):
+                raise TargetError(
+                    f"the base weight of {name} holds NaN or infinity. Mend the base model, or exclude={name!r}"
+                )
+        if self.quantization is not None:
+            check_quantizable(layers, device)
 
     def _require_same(self, module: LightningModule) -> None:
         """Take a module that was adapted before as it is, if it is what this callback would have made."""
@@ -333,18 +342,9 @@ def network(module: LightningModule) -> nn.Module:
     return module
 
 
-def _check_base(module: nn.Module, plan: Plan) -> None:
-    for name in plan.layers:
-        weight = module.get_submodule(name).weight
-        if (
-            isinstance(weight, Tensor)
-            and weight.is_floating_point()
-            and not weight.is_meta
-            and not is_finite(weight.detach())
-        ):
-            raise TargetError(
-                f"the base weight of {name} holds NaN or infinity. Mend the base model, or pass exclude={name!r}"
-            )
+def _tell(what: str, layers: Mapping[str, str]) -> None:
+    if layers:
+        rank_zero_info(f"LoRA: {what}: {listing(f'{name} ({reason})' for name, reason in layers.items())}")
 
 
 def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:

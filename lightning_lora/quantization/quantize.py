@@ -11,7 +11,6 @@ from lightning_lora import dependencies
 from lightning_lora.errors import QuantizationError, listing
 from lightning_lora.model.layers import require_adapters
 from lightning_lora.model.merge import is_finite
-from lightning_lora.nn.base import QuantizedLinear
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.nf4 import NF4Linear
@@ -25,7 +24,7 @@ def quantize(model: nn.Module, config: NF4Config = _DEFAULT, *, device: torch.de
 
     Everything is checked before the first layer is touched. Layers are quantized one at a time, each original being
     freed before the next, so the extra memory is that of the largest layer. A layer that is quantized already stays as
-    it is, and so does one that :func:`kept_dense` names.
+    it is, and so does one that :func:`check_quantizable` names.
 
     Args:
         model: A model with adapters.
@@ -37,14 +36,8 @@ def quantize(model: nn.Module, config: NF4Config = _DEFAULT, *, device: torch.de
         QuantizationError: If a weight is on the meta device or not finite, or if no layer can be quantized.
         UnsupportedError: If bitsandbytes is not installed.
     """
-    dependencies.bitsandbytes("quantization='nf4'")
     dense = {name: layer for name, layer in require_adapters(model).items() if isinstance(layer.base_layer, nn.Linear)}
-    kept = kept_dense(dense, device)
-    if dense and len(kept) == len(dense):
-        reasons = listing(f"{name}: {reason}" for name, reason in kept.items())
-        raise QuantizationError(
-            f"none of the {len(dense)} adapted layers can be held in NF4 ({reasons}). Use quantization=None"
-        )
+    kept = check_quantizable(dense, device)
     chosen = {name: layer for name, layer in dense.items() if name not in kept}
     _check_weights(chosen)
     for layer in chosen.values():
@@ -56,17 +49,33 @@ def quantize(model: nn.Module, config: NF4Config = _DEFAULT, *, device: torch.de
     return model
 
 
-def kept_dense(layers: Mapping[str, LoRALinear], device: torch.device | str | None = None) -> dict[str, str]:
-    """Return the layers NF4 cannot hold on their device (or on ``device``), with the reason. They stay as they are."""
+def check_quantizable(layers: Mapping[str, nn.Module], device: torch.device | str | None = None) -> dict[str, str]:
+    """Return the layers NF4 cannot hold on their device (or on ``device``), with the reason; they would stay dense.
+
+    Args:
+        layers: Linear layers by name, with adapters or without.
+        device: Where they would be quantized.
+
+    Raises:
+        QuantizationError: If there are layers and none of them can be held.
+        UnsupportedError: If bitsandbytes is not installed.
+    """
+    dependencies.bitsandbytes("quantization='nf4'")
     kept = {}
     for name, layer in layers.items():
-        where = torch.device(device) if device is not None else layer.device
-        if isinstance(layer.base_layer, QuantizedLinear):
+        base = layer.base_layer if isinstance(layer, LoRALinear) else layer
+        if not isinstance(base, nn.Linear):
             continue
+        where = torch.device(device) if device is not None else base.weight.device
         if where.type not in ("cpu", "cuda"):
             kept[name] = f"no NF4 kernel for {where.type}"
-        elif where.type == "cpu" and layer.in_features % 2:
-            kept[name] = f"in_features={layer.in_features} is odd, which the CPU kernel cannot pack"
+        elif where.type == "cpu" and base.in_features % 2:
+            kept[name] = f"in_features={base.in_features} is odd, which the CPU kernel cannot pack"
+    if layers and len(kept) == len(layers):
+        reasons = listing(f"{name}: {reason}" for name, reason in kept.items())
+        raise QuantizationError(
+            f"none of the {len(layers)} adapted layers can be held in NF4 ({reasons}). Use quantization=None"
+        )
     return kept
 
 

@@ -20,6 +20,7 @@ from lightning_lora import (
     MergeError,
     NF4Config,
     OptimizerError,
+    QuantizationError,
     TargetError,
     UnsupportedError,
     load_adapter,
@@ -383,6 +384,15 @@ def test_a_base_weight_that_is_not_finite_is_named_before_anything_changes(modul
         with pytest.raises(TargetError, match=r"base weight of net\.downs\.0 holds NaN or infinity"):
             trainer(LoRACallback(r=4, quantization=quantization)).fit(module, loader())
     assert not adapted_layers(module)
+
+
+def test_a_base_that_nf4_cannot_hold_is_refused_before_anything_changes(trainer):
+    module = Module(nn.Sequential(nn.Embedding(16, 63), nn.Linear(63, 63), nn.Linear(63, 8)))
+    before = list(module.state_dict())
+    with pytest.raises(QuantizationError, match="none of the 1 adapted layers can be held in NF4"):
+        trainer(LoRACallback(r=4)).fit(module, loader())
+    assert list(module.state_dict()) == before
+    assert all(p.requires_grad for p in module.parameters())
 
 
 @pytest.mark.parametrize(

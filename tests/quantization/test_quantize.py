@@ -18,7 +18,7 @@ from lightning_lora import (
     summary,
 )
 from lightning_lora.quantization.nf4 import NF4Linear
-from lightning_lora.quantization.quantize import kept_dense
+from lightning_lora.quantization.quantize import check_quantizable
 from tests.conftest import randomize, relative_difference
 
 
@@ -74,7 +74,7 @@ def test_a_base_weight_that_is_not_finite_is_refused_before_any_layer_changes(ne
 
 def test_layers_the_cpu_cannot_pack_are_listed_and_kept_dense():
     model = inject(nn.Sequential(nn.Linear(63, 64), nn.Linear(64, 64), nn.Linear(64, 2)), config=LoRAConfig(r=2))
-    kept = kept_dense({"0": model[0], "1": model[1]})
+    kept = check_quantizable({"0": model[0], "1": model[1]})
     assert list(kept) == ["0"]
     assert "in_features=63 is odd" in kept["0"]
     quantize(model)
