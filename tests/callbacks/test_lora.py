@@ -493,6 +493,20 @@ def test_frozen_batch_norm_statistics_stay_as_they_are(trainer):
     assert all(torch.equal(module.net[1].state_dict()[key], value) for key, value in before.items())
 
 
+@pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode")  # Lightning's hint, and the point of the test
+def test_adapter_dropout_is_active_over_a_base_that_comes_in_evaluation_mode(trainer):
+    class Modes(Module):
+        def training_step(self, batch, batch_idx):
+            layers = adapted_layers(self).values()
+            self.modes = {(layer.adapter("default").training, layer.base_layer.training) for layer in layers}
+            return super().training_step(batch, batch_idx)
+
+    module = Modes()
+    module.net.eval()
+    trainer(LoRACallback(r=4, dropout=0.1), max_epochs=1).fit(module, loader(), loader())
+    assert module.modes == {(True, False)}
+
+
 def test_reentrant_checkpointing_that_starves_the_adapters_is_caught(trainer):
     class Checkpointed(Module):
         def __init__(self, reentrant):

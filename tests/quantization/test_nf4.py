@@ -109,8 +109,9 @@ def test_gradients_are_the_same_bit_for_bit_before_and_after_a_validation_pass()
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16().double()])
-def test_casting_the_module_rounds_no_constant(cast):
-    ours = NF4Linear.from_linear(linear(), NF4Config())
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_casting_the_module_rounds_no_constant(cast, double_quant):
+    ours = NF4Linear.from_linear(linear(), NF4Config(double_quant=double_quant))
     before = ours.dequantize(torch.float32)
     codes = ours.codes.clone()
     cast(ours)
