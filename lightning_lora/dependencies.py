@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from types import ModuleType
 
 from lightning_lora.errors import UnsupportedError
@@ -21,6 +22,9 @@ def bitsandbytes(purpose: str) -> ModuleType:
     Raises:
         UnsupportedError: If bitsandbytes is not installed.
     """
+    loaded = sys.modules.get("bitsandbytes")
+    if loaded is not None:
+        return loaded
     log = logging.getLogger("bitsandbytes")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -18,16 +18,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.callbacks.compat import check_trainer
-from lightning_lora.callbacks.finetune import FineTune
+from lightning_lora.callbacks.finetune import FineTune, check_optimizers
+from lightning_lora.callbacks.gradients import check_gradients, check_loss
 from lightning_lora.callbacks.rng import random_state, set_random_state
+from lightning_lora.callbacks.settings import METHODS, OPTIMIZERS, as_quantization, as_tuple, check_choice, with_configs
 from lightning_lora.callbacks.wraps import wrap
-from lightning_lora.errors import AdapterError, GradientError, TargetError, listing
+from lightning_lora.errors import AdapterError, TargetError, listing
 from lightning_lora.io.adapter_folder import load_adapter, save_adapter
-from lightning_lora.io.description import describe, describe_loras, differences
+from lightning_lora.io.description import describe_loras, differences
+from lightning_lora.io.keys import canonical
 from lightning_lora.io.merged import save_merged
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.merge import is_finite
+from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.summary import summary
 from lightning_lora.model.targets import ALL_LINEAR, Plan, resolve
 from lightning_lora.nn.adapter import AdapterConfig
@@ -37,9 +41,10 @@ from lightning_lora.optim.rewrite import rewrite_optimizers
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.quantize import check_quantizable, quantize
 
-METHODS: dict[str, type[LoRAConfig]] = {"lora": LoRAConfig}
-QUANTIZATIONS: dict[str, NF4Config] = {"nf4": NF4Config()}
-OPTIMIZERS = ("paged_adamw_8bit",)
+_FINETUNES: WeakKeyDictionary[nn.Module, FineTune] = WeakKeyDictionary()
+"""What was done to each module of this process, whichever callback did it: nothing is to be injected or merged
+twice.
+"""
 
 
 class LoRACallback(Callback):
@@ -49,7 +54,7 @@ class LoRACallback(Callback):
     layers, everything else is frozen, and the frozen layers under the adapters are quantized. ``torch.optim.Adam`` and
     ``AdamW`` become bitsandbytes' paged 8-bit AdamW over the adapters alone, with their schedulers kept. Checkpoints
     hold the adapters alone and resume exactly. After training the adapters are merged: the module then holds plain
-    layers with its original keys.
+    layers with its original keys, whose parameters stay frozen until ``requires_grad_(True)``.
 
     Args:
         targets: Layers to adapt: ``"all-linear"`` (all but the output head), a name or glob or several, or a mapping
@@ -94,21 +99,20 @@ class LoRACallback(Callback):
         adapter: str | PathLike[str] | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("method", method, METHODS)
+        check_choice("method", method, METHODS)
         if optimizer is not None:
-            _check_choice("optimizer", optimizer, OPTIMIZERS)
+            check_choice("optimizer", optimizer, OPTIMIZERS)
         self.config = METHODS[method](r=r, alpha=alpha, dropout=dropout, init=init, scaling=scaling)
-        self.targets = _with_configs(targets, self.config)
-        self.exclude = _as_tuple(exclude)
-        self.train = _as_tuple(train)
-        self.quantization = _as_quantization(quantization)
+        self.targets = with_configs(targets, self.config)
+        self.exclude = as_tuple(exclude)
+        self.train = as_tuple(train)
+        self.quantization = as_quantization(quantization)
         self.paged_8bit = optimizer is not None
         self.merge = merge
         self.output_dir = output_dir
         self.adapter = adapter
         if adapter is not None:
             self._refuse_settings_beside_adapter()
-        self._finetunes: WeakKeyDictionary[nn.Module, FineTune] = WeakKeyDictionary()
         self._undo: list[Any] = []
         self._remerge = False
         self._checked: set[int] = set()
@@ -128,13 +132,16 @@ class LoRACallback(Callback):
         self._undo = [
             wrap(strategy, "setup_optimizers", after=lambda *_: self._rewrite_optimizers(trainer, pl_module)),
             wrap(strategy, "load_model_state_dict", before=lambda ckpt, *_, **__: self._before_load(pl_module, ckpt)),
+            wrap(
+                strategy, "load_optimizer_state_dict", before=lambda ckpt: check_optimizers(ckpt, strategy.optimizers)
+            ),
             wrap(pl_module, "configure_model", after=lambda: self._after_configure_model(trainer, pl_module)),
         ]
         # The one method every checkpoint passes through, also with save_weights_only, which skips the hooks of
         # callbacks. It stays wrapped after teardown: trainer.save_checkpoint may be called then.
         if not getattr(strategy, "_lightning_lora_saves", False):
             strategy._lightning_lora_saves = True  # type: ignore[attr-defined]
-            wrap(strategy, "save_checkpoint", before=lambda ckpt, *_, **__: self._before_save(trainer, ckpt))
+            wrap(strategy, "save_checkpoint", before=lambda ckpt, *_, **__: _before_save(trainer, ckpt))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch the adapters to training mode, whatever mode the base was brought in: their dropout was asked for."""
@@ -143,10 +150,12 @@ class LoRACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep running statistics of frozen normalization layers as they are: the base has to stay the base."""
+        whole = tuple(trained_modules(pl_module))
         frozen = [
             name
             for name, module in pl_module.named_modules()
             if isinstance(module, nn.modules.batchnorm._NormBase)
+            and not name.startswith(whole)
             and module.track_running_stats
             and not any(p.requires_grad for p in module.parameters())
         ]
@@ -157,21 +166,13 @@ class LoRACallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Explain a loss that no adapter is part of; torch's own error would not name the cause."""
-        if not loss.requires_grad:
-            raise GradientError(f"the loss depends on no adapter, so nothing can be trained. {_GRADIENT_CAUSES}")
+        check_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Before the first step of each optimizer, see that a gradient has reached every adapter it holds."""
-        if id(optimizer) in self._checked:
-            return
-        self._checked.add(id(optimizer))
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        mine = {name: p for name, p in pl_module.named_parameters() if id(p) in held and ".adapters." in name}
-        dead = [name for name, p in mine.items() if p.grad is None]
-        if dead:
-            raise GradientError(
-                f"no gradient reached {len(dead)} of {len(mine)} adapter tensors: {listing(dead)}. {_GRADIENT_CAUSES}"
-            )
+        if id(optimizer) not in self._checked:
+            self._checked.add(id(optimizer))
+            check_gradients(pl_module, optimizer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the adapter, then merge. Not after a ``fast_dev_run``, which should leave nothing behind."""
@@ -181,19 +182,19 @@ class LoRACallback(Callback):
         if self.output_dir is not None and trainer.is_global_zero:
             save_adapter(root, self.output_dir)
         if self.merge:
-            self._finetunes[pl_module].merge(pl_module)
+            _FINETUNES[pl_module].merge(pl_module)
             if self.output_dir is not None and trainer.is_global_zero:
                 save_merged(root, self.output_dir)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Undo the wraps: Lightning calls no teardown after an exception."""
-        self._release()
+        """Do as in teardown, which Lightning does not call after an exception."""
+        self.teardown(trainer, pl_module, "exception")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo the wraps; merge again what had been merged before a checkpoint was loaded for a test."""
         self._release()
         if self._remerge:
-            self._finetunes[pl_module].merge(pl_module)
+            _FINETUNES[pl_module].merge(pl_module)
             self._remerge = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,18 +213,22 @@ class LoRACallback(Callback):
 
     def _adapt(self, trainer: Trainer, module: LightningModule) -> None:
         """Bring the module to the state this stage needs."""
-        finetune = self._finetunes.get(module)
-        if finetune is not None and (finetune.is_merged or adapted_layers(module)):
-            if finetune.is_merged and trainer.state.fn == "fit":
+        finetune = _FINETUNES.get(module)
+        if finetune is not None and finetune.is_merged_in(module):
+            self._require_same(trainer, module, finetune)
+            if trainer.state.fn == "fit":
                 rank_zero_info("LoRA: training goes on with the adapters of the last run")
                 finetune.unmerge(module)
             return
         if adapted_layers(module):
-            self._require_same(module)
+            finetune = FineTune(module) if finetune is None or finetune.is_merged else finetune
+            self._require_same(trainer, module, finetune)
         else:
             self._inject(trainer, module)
-        self._finetunes[module] = FineTune(module)
-        self._report(module)
+            finetune = FineTune(module, self.adapter)
+        if finetune is not _FINETUNES.get(module):
+            _FINETUNES[module] = finetune
+            self._report(module)
 
     def _inject(self, trainer: Trainer, module: LightningModule) -> None:
         device = None if trainer.strategy.root_device.type == "cpu" else trainer.strategy.root_device
@@ -250,25 +255,33 @@ class LoRACallback(Callback):
         if self.quantization is not None:
             check_quantizable(layers, device)
 
-    def _require_same(self, module: LightningModule) -> None:
+    def _require_same(self, trainer: Trainer, module: LightningModule, finetune: FineTune) -> None:
         """Take a module that was adapted before as it is, if it is what this callback would have made."""
         if self.adapter is not None:
-            raise AdapterError(
-                f"the module holds adapters already, which adapter={str(self.adapter)!r} would overwrite. Drop that "
-                "argument to go on with them, or delete_adapter(module, 'default') first"
-            )
+            if self.adapter != finetune.adapter:
+                raise AdapterError(
+                    f"the module holds adapters already, which adapter={str(self.adapter)!r} would overwrite. Drop "
+                    "that "
+                    "argument to go on with them, or start from the base model"
+                )
+            return
         plan = resolve(module, self.targets, self.config, exclude=self.exclude, train=self.train)
-        wanted = describe_loras(
-            {name: config for name, config in plan.layers.items() if isinstance(config, LoRAConfig)}
-        )
+        configs = {canonical(name): config for name, config in plan.layers.items() if isinstance(config, LoRAConfig)}
+        whole = {id(p) for path in plan.train for p in module.get_submodule(path).parameters()}
+        trained = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in whole]
+        wanted = describe_loras(configs) | {"train": trained, "dropout": _dropouts(configs)}
+        found = finetune.description | {"train": finetune.trained, "dropout": _dropouts(finetune.configs)}
         if self.quantization is None:
             wanted["quantization"] = "none"
-        apart = differences(wanted, describe(module))
+        elif finetune.dense - check_quantizable(finetune.layers, trainer.strategy.root_device).keys():
+            wanted["quantization"] = "nf4"
+        apart = differences(wanted, found)
         if apart:
             raise AdapterError(
                 f"the module holds adapters already, and the callback asks for others: {'; '.join(apart)} ('there' is "
-                "the callback, "
-                "'here' the module). Set the callback to the same values, or merge(module) first"
+                "the callback, 'here' the module). Set the callback to the same values to go on with them. To start "
+                "anew "
+                "on the trained weights, merge(module) if it is not merged yet, and fit copy.deepcopy(module)"
             )
 
     def _report(self, module: LightningModule) -> None:
@@ -291,16 +304,11 @@ class LoRACallback(Callback):
             rank_zero_info(f"LoRA: {optimizer_report(optimizer)}")
 
     def _before_load(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        finetune = self._finetunes[module]
+        finetune = _FINETUNES[module]
         if finetune.is_merged:
             finetune.unmerge(module)
             self._remerge = True
         finetune.complete_checkpoint(module, checkpoint)
-
-    def _before_save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        finetune = self._finetunes.get(trainer.lightning_module)
-        if finetune is not None:
-            finetune.reduce_checkpoint(checkpoint)
 
     def _release(self) -> None:
         while self._undo:
@@ -317,11 +325,12 @@ class LoRACallback(Callback):
             raise ValueError(f"adapter={str(self.adapter)!r} brings its own {listing(changed)}; drop these arguments")
 
 
-_GRADIENT_CAUSES = (
-    "Causes seen: activation checkpointing with use_reentrant=True over a frozen input (pass use_reentrant=False); a "
-    "forward under "
-    "torch.no_grad() or through .detach(); a layer the model never calls (exclude= it)"
-)
+def _before_save(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Reduce a checkpoint to the fine-tune; a module whose adapters the user has merged or deleted is saved whole."""
+    module = trainer.lightning_module
+    finetune = _FINETUNES.get(module)
+    if finetune is not None and (finetune.is_merged or adapted_layers(module)):
+        finetune.reduce_checkpoint(checkpoint, trainer.strategy.optimizers)
 
 
 def network(module: LightningModule) -> nn.Module:
@@ -347,31 +356,5 @@ def _tell(what: str, layers: Mapping[str, str]) -> None:
         rank_zero_info(f"LoRA: {what}: {listing(f'{name} ({reason})' for name, reason in layers.items())}")
 
 
-def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    if value not in list(choices):
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _as_tuple(patterns: str | Iterable[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _as_quantization(value: str | NF4Config | None) -> NF4Config | None:
-    if value is None or isinstance(value, NF4Config):
-        return value
-    _check_choice("quantization", value, QUANTIZATIONS)
-    return QUANTIZATIONS[value]
-
-
-def _with_configs(targets: Any, config: LoRAConfig) -> Any:
-    """Turn the dicts of a target mapping (as YAML gives them) into configs; other fields are the callback's."""
-    if not isinstance(targets, Mapping):
-        return targets if isinstance(targets, str) else tuple(targets)
-    base = {field.name: getattr(config, field.name) for field in fields(config)}
-    made = {}
-    for pattern, value in targets.items():
-        unknown = sorted(set(value) - set(base)) if isinstance(value, Mapping) else []
-        if unknown:
-            raise ValueError(f"targets[{pattern!r}] has {listing(unknown)}; fields are {', '.join(base)}")
-        made[pattern] = type(config)(**{**base, **value}) if isinstance(value, Mapping) else value
-    return made
+def _dropouts(configs: Mapping[str, LoRAConfig]) -> list[str]:
+    return sorted({f"{config.dropout:g}" for config in configs.values()})

@@ -6,6 +6,7 @@ Each subcommand imports what it needs when it runs, so that ``--help`` answers a
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from pathlib import Path
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand and return the exit code: 0, or 1 after an error that was told in a few lines."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a pipe may speak ASCII; progress bars do not
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))

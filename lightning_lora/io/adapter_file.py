@@ -55,7 +55,9 @@ def write(
         OSError: If the folder cannot be written.
     """
     texts = {"format": "pt", _METADATA: json.dumps(metadata, sort_keys=True)}
-    data = save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, texts)
+    # Cloned: safetensors refuses tensors that share memory, as a trained head and its tied embedding do.
+    copies = {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    data = save(copies, texts)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / CONFIG) as config, replacing(folder / WEIGHTS) as weights:
         weights.write_bytes(_with_sorted_header(data))

@@ -35,7 +35,7 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
     settings = peft.to_peft(
         {canonical(path): layer.adapter(name).config for path, layer in layers.items()},
         names=_module_names(model),
-        train=map(canonical, trained_modules(model)),
+        train=map(canonical, trained_modules(model, name)),
     )
     tensors = adapter_state_dict(model, name)
     broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
@@ -56,8 +56,9 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     """
     adapters = adapter_tensors(model, name)
     found = {adapter_key(path, key): tensor for path, tensors in adapters.items() for key, tensor in tensors.items()}
-    whole = trained_modules(model)
-    stray = [p for p in trained_outside_adapters(model) if not p.startswith(tuple(f"{module}." for module in whole))]
+    whole = trained_modules(model, name)
+    held = {id(parameter) for module in whole for parameter in model.get_submodule(module).parameters()}
+    stray = [path for path in trained_outside_adapters(model) if id(model.get_parameter(path)) not in held]
     if stray:
         raise AdapterError(
             f"{listing(stray)} is trained but part of no adapter, so an adapter folder cannot hold it. Name its module "

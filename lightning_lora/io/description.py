@@ -33,7 +33,7 @@ def describe(model: nn.Module, name: str = "default") -> Description:
         "version": VERSION,
         "method": _collapse({path: config.method for path, config in configs.items()}),
         **describe_loras({path: config for path, config in configs.items() if isinstance(config, LoRAConfig)}),
-        "train": sorted(map(canonical, trained_modules(model))),
+        "train": sorted(map(canonical, trained_modules(model, name))),
         "quantization": _collapse(stored),
     }
 

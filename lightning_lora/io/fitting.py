@@ -68,7 +68,7 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
 
 def require_same(model: nn.Module, plan: Plan, name: str) -> None:
     """Raise ``AdapterError`` unless adapter ``name`` of the model is of the same kind as the planned one."""
-    here = describe(model, name) | {"train": _keys_of(model, trained_modules(model))}
+    here = describe(model, name) | {"train": _keys_of(model, trained_modules(model, name))}
     theirs = describe_loras({canonical(p): c for p, c in plan.layers.items() if isinstance(c, LoRAConfig)})
     apart = differences(theirs | {"train": _keys_of(model, plan.train)}, here)
     if apart:

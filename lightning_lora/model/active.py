@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_lora.model.layers import replace, require_adapters
+from lightning_lora.model.parameters import unmark_trained
+from lightning_lora.nn.base import share_hooks
 
 
 def activate(model: nn.Module, *names: str) -> nn.Module:
@@ -34,7 +36,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         for layer, active in before.items():
-            layer.active = active
+            layer.active = tuple(name for name in active if name in layer.adapters)
 
 
 def delete_adapter(model: nn.Module, name: str) -> nn.Module:
@@ -48,5 +50,9 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
         if name in layer.adapters:
             del layer.adapters[name]
             layer.active = tuple(active for active in layer.active if active != name)
-    replace(model, {layer: layer.base_layer for layer in layers.values() if not layer.adapters})
+    bare = {layer: layer.base_layer for layer in layers.values() if not layer.adapters}
+    for layer, base in bare.items():
+        share_hooks(layer, base)
+    replace(model, bare)
+    unmark_trained(model, name)
     return model

@@ -7,13 +7,15 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_lora.errors import AdapterError, LoRAError, TargetError, listing
 from lightning_lora.model.active import activate
 from lightning_lora.model.layers import adapted_layers, adapter_names, replace
+from lightning_lora.model.parameters import mark_trained
 from lightning_lora.model.targets import ALL_LINEAR, Plan, Targets, refuse_tied, resolve
 from lightning_lora.nn.adapter import Adapter, AdapterConfig
-from lightning_lora.nn.base import as_base, weight_device, weight_dtype
+from lightning_lora.nn.base import as_base, hand_over_hooks, weight_device, weight_dtype
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.lora import LoRAConfig
 
@@ -64,6 +66,15 @@ def apply(model: nn.Module, plan: Plan, *, name: str = "default") -> nn.Module:
         raise TargetError(
             "the model is itself a linear layer and cannot replace itself; wrap it, e.g. in nn.Sequential"
         )
+    lazy = [path for path, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise TargetError(f"{listing(lazy)} is lazy and has no shape yet; run the model once on a batch first")
+    compiled = [path for path in plan.layers if path.rpartition(".")[2] == "_orig_mod"]
+    if compiled:
+        raise TargetError(
+            f"{listing(compiled)} was compiled by itself and would go on computing the old layer. Compile the module "
+            f"around it, or after injection, or exclude={compiled[0]!r}"
+        )
     refuse_tied(model, plan.layers)
     hosts, adapters = {}, {}
     for path, config in plan.layers.items():
@@ -72,10 +83,15 @@ def apply(model: nn.Module, plan: Plan, *, name: str = "default") -> nn.Module:
         adapters[host] = _build(host, config)
     for host, adapter in adapters.items():
         host.adapters[name] = adapter
-    model.requires_grad_(False)
+    if not adapted_layers(model):  # a later adapter leaves trainable what an earlier one trains along
+        model.requires_grad_(False)
+    for layer, host in hosts.items():
+        host.base_layer.requires_grad_(False)
+        if layer is not host:
+            hand_over_hooks(layer, host)
     replace(model, {layer: host for layer, host in hosts.items() if layer is not host})
     for path in plan.train:
-        model.get_submodule(path).requires_grad_(True)
+        mark_trained(model.get_submodule(path).requires_grad_(True), name)
     activate(model, name)
     return model
 

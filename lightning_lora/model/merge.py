@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import MergeError, listing
-from lightning_lora.model.layers import replace, require_adapters
-from lightning_lora.nn.base import dense_weight, weight_dtype, with_weight
+from lightning_lora.model.layers import adapter_names, replace, require_adapters
+from lightning_lora.model.parameters import unmark_trained
+from lightning_lora.nn.base import dense_weight, share_hooks, weight_dtype, with_weight
 from lightning_lora.nn.linear import LoRALinear
 
 
@@ -33,15 +34,21 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     """
     layers = require_adapters(model)
     check_mergeable(layers, dtype=dtype)
+    names = adapter_names(model)
     for layer in layers.values():
         replace(model, {layer: merged(layer, dtype=dtype)})
+    unmark_trained(model, *names)
     return model
 
 
 @torch.no_grad()
 def merged(layer: LoRALinear, *, dtype: torch.dtype | None = None) -> nn.Linear:
     """Return the plain layer that computes what ``layer`` computes; ``layer`` itself is left as it is."""
-    return with_weight(layer.base_layer, layer.merged_weight().to(dtype or weight_dtype(layer.base_layer)))
+    with torch.autocast(layer.device.type, enabled=False):  # it would round B A to half precision
+        weight = layer.merged_weight().to(dtype or weight_dtype(layer.base_layer))
+    plain = with_weight(layer.base_layer, weight)
+    share_hooks(layer, plain)
+    return plain
 
 
 @torch.no_grad()

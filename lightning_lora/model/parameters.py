@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lightning_lora.model.layers import require_adapters
 
+_TRAINED_WITH = "_lora_trained_with"
+
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the trainable parameters of the active adapters, in the model's order.
@@ -27,7 +29,7 @@ def adapter_state_keys(model: nn.Module, name: str = "default") -> list[str]:
     """
     adapters = tuple(f"{path}.adapters.{name}." for path in require_adapters(model, name))
     trained = set(trained_outside_adapters(model))
-    whole = tuple(f"{path}." for path in trained_modules(model))
+    whole = tuple(f"{path}." for path in trained_modules(model, name))
     return [key for key in model.state_dict() if key.startswith(adapters + whole) or key in trained]
 
 
@@ -38,23 +40,28 @@ def trained_outside_adapters(model: nn.Module) -> list[str]:
     return [name for name, parameter in parameters if parameter.requires_grad and not name.startswith(inside)]
 
 
-def trained_modules(model: nn.Module) -> list[str]:
-    """Names of the outermost modules whose parameters are all trained: what ``train`` named."""
-    inside = tuple(f"{path}." for path in require_adapters(model))
-    found: list[str] = []
-    for path, module in model.named_modules():
-        parameters = list(module.parameters())
-        nested = path.startswith(inside) or any(path.startswith(f"{outer}.") for outer in found)
-        if path and parameters and not nested and all(p.requires_grad for p in parameters) and not _holds(path, inside):
-            found.append(path)
-    return found
+def trained_modules(model: nn.Module, name: str = "default") -> list[str]:
+    """Names of the modules trained whole along with adapter ``name``, also when they have been frozen since."""
+    return [path for path, module in model.named_modules() if path and name in vars(module).get(_TRAINED_WITH, ())]
+
+
+def mark_trained(module: nn.Module, name: str) -> None:
+    """Note on a module that it is trained whole along with adapter ``name``, so that it is saved along.
+
+    Whether its parameters require gradients would not tell: a model is often frozen before it is saved.
+    """
+    vars(module)[_TRAINED_WITH] = (*vars(module).get(_TRAINED_WITH, ()), name)
+
+
+def unmark_trained(model: nn.Module, *names: str) -> None:
+    """Take the notes of these adapters back."""
+    for module in model.modules():
+        left = tuple(name for name in vars(module).pop(_TRAINED_WITH, ()) if name not in names)
+        if left:
+            vars(module)[_TRAINED_WITH] = left
 
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, dict[str, Tensor]]:
     """The tensors of adapter ``name`` by layer, and then by their name in the adapter."""
     layers = require_adapters(model, name)
     return {path: dict(layer.adapter(name).state_dict()) for path, layer in layers.items() if name in layer.adapters}
-
-
-def _holds(path: str, inside: tuple[str, ...]) -> bool:
-    return any(f"{path}." == inner or inner.startswith(f"{path}.") for inner in inside)

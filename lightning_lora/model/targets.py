@@ -123,6 +123,8 @@ def _as_mapping(targets: Targets, config: AdapterConfig) -> dict[str, AdapterCon
 
 
 def _as_patterns(patterns: str | Iterable[str], what: str) -> tuple[str, ...]:
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"{what} must be a name or several, got {patterns!r}")
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:

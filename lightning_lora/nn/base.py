@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 
@@ -51,6 +52,9 @@ class QuantizedLinear(nn.Module, ABC):
 
 BaseLayer = nn.Linear | QuantizedLinear
 """What an adapter can be put on."""
+
+_HOOKS = tuple(key for key in vars(nn.Module()) if "hook" in key and "state_dict" not in key)
+"""Where ``nn.Module`` keeps what runs around ``forward`` and ``backward``."""
 
 Adopter = Callable[[nn.Module], BaseLayer]
 _adopters: dict[str, Adopter] = {}
@@ -92,6 +96,12 @@ def why_not_linear(layer: nn.Module) -> str | None:
         return "its weight is parametrized (torch.nn.utils.parametrize), so a merge could not write it back"
     if type(layer).forward is not nn.Linear.forward:
         return f"{name} overrides nn.Linear.forward, so x W^T + b may not be what it computes"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the instance (by accelerate? remove_hook_from_module(model, recurse=True))"
+    if "weight" not in dict(layer.named_parameters(recurse=False)):
+        return "a hook computes its weight (weight_norm, spectral_norm, prune); remove that first"
+    if is_lazy(layer.weight):
+        return "it is lazy and has no shape yet; run the model once first"
     return None
 
 
@@ -128,6 +138,21 @@ def with_weight(layer: BaseLayer, weight: Tensor) -> nn.Linear:
         bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=bias.requires_grad)
     plain.register_parameter("bias", bias)
     return plain.train(layer.training)
+
+
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` run the hooks of ``source``, present and future, in the place of its own.
+
+    The very dicts are shared, so that the handles users hold still remove them.
+    """
+    for key in _HOOKS:
+        vars(target)[key] = vars(source)[key]
+
+
+def hand_over_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` run the hooks of ``source``, which keeps none."""
+    share_hooks(source, target)
+    share_hooks(nn.Module(), source)
 
 
 def _class_path(cls: type) -> str:

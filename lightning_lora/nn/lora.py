@@ -57,6 +57,10 @@ class LoRAConfig(AdapterConfig):
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise TypeError(f"{name} must be {word}, got {value!r} ({type(value).__name__})")
+        # Plain numbers: numpy's would be refused by json, and by torch.load(weights_only=True).
+        object.__setattr__(self, "r", int(self.r))
+        object.__setattr__(self, "alpha", float(self.alpha))
+        object.__setattr__(self, "dropout", float(self.dropout))
         if self.r < 1:
             raise ValueError(f"r must be at least 1, got {self.r}. Typical ranks: 8, 16, 64")
         if not (math.isfinite(self.alpha) and self.alpha > 0):

@@ -64,13 +64,18 @@ def optimizer_report(optimizer: Optimizer) -> OptimizerReport:
                 bool(getattr(optimizer, "is_paged", False)) and parameter.is_cuda and parameter.numel() >= MIN_PAGED
             )
     return OptimizerReport(
-        name=f"{type(optimizer).__module__.partition('.')[0]}.optim.{type(optimizer).__name__}",
+        name=class_name(optimizer),
         tensors=len(parameters),
         elements=sum(p.numel() for p in parameters),
         in_8bit=in_8bit,
         paged=paged,
         state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in _distinct(optimizer)),
     )
+
+
+def class_name(optimizer: Optimizer) -> str:
+    """Class of an optimizer with the package it comes from: ``bitsandbytes.optim.PagedAdamW8bit``."""
+    return f"{type(optimizer).__module__.partition('.')[0]}.optim.{type(optimizer).__name__}"
 
 
 def _distinct(optimizer: Optimizer) -> Iterator[Tensor]:

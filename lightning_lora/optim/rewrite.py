@@ -72,13 +72,15 @@ def _drop_frozen(optimizer: Optimizer) -> None:
         names = group.get("param_names")
         if names is not None:
             group["param_names"] = [name for name, p in zip(names, group["params"], strict=True) if p.requires_grad]
-        group["params"] = [p for p in group["params"] if p.requires_grad]
+        group["params"][:] = [p for p in group["params"] if p.requires_grad]  # in place: LBFGS keeps the list itself
 
 
 def _repoint(scheduler: Any, swapped: dict[Optimizer, Optimizer]) -> None:
-    """Let a scheduler, and those it is made of, drive the new optimizer."""
-    for inner in getattr(scheduler, "_schedulers", ()):
-        _repoint(inner, swapped)
+    """Let a scheduler, and those it is made of or wraps, drive the new optimizer."""
+    for value in vars(scheduler).values():
+        for inner in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(inner, Scheduler):
+                _repoint(inner, swapped)
     new = swapped.get(scheduler.optimizer)
     if new is None:
         return

@@ -114,7 +114,8 @@ class NF4Linear(QuantizedLinear):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         compute = self.config.compute_dtype or dtype
         bias = None if self.bias is None else self.bias.to(compute)
-        y: Tensor = _DequantizedLinear.apply(x.to(compute), bias, self)  # type: ignore[no-untyped-call]
+        with torch.autocast(x.device.type, enabled=False):  # it would override compute_dtype
+            y: Tensor = _DequantizedLinear.apply(x.to(compute), bias, self)  # type: ignore[no-untyped-call]
         return y.to(dtype)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:

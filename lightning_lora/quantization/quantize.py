@@ -36,8 +36,9 @@ def quantize(model: nn.Module, config: NF4Config = _DEFAULT, *, device: torch.de
         QuantizationError: If a weight is on the meta device or not finite, or if no layer can be quantized.
         UnsupportedError: If bitsandbytes is not installed.
     """
-    dense = {name: layer for name, layer in require_adapters(model).items() if isinstance(layer.base_layer, nn.Linear)}
-    kept = check_quantizable(dense, device)
+    layers = require_adapters(model)
+    kept = check_quantizable(layers, device)
+    dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear)}
     chosen = {name: layer for name, layer in dense.items() if name not in kept}
     _check_weights(chosen)
     for layer in chosen.values():

@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import bitsandbytes
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -23,7 +24,9 @@ from lightning_lora import (
     QuantizationError,
     TargetError,
     UnsupportedError,
+    inject,
     load_adapter,
+    merge,
 )
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.quantization.nf4 import NF4Linear
@@ -473,24 +476,24 @@ def test_manual_optimization_with_two_optimizers(trainer):
     assert module.losses[-1] < module.losses[0]
 
 
-def test_frozen_batch_norm_statistics_stay_as_they_are(trainer):
+@pytest.mark.parametrize(("train", "moves"), [((), False), ("norm", True)])
+def test_batch_norm_statistics_move_only_where_the_norm_is_trained(trainer, train, moves):
     class Normed(LightningModule):
         def __init__(self):
             super().__init__()
-            self.net = nn.Sequential(
-                nn.Linear(6, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 8)
-            )
+            self.first, self.norm, self.last = nn.Linear(6, 64), nn.Sequential(nn.BatchNorm1d(64)), nn.Linear(64, 8)
 
         def training_step(self, batch, _):
-            return (self.net(batch[0].float()) - batch[1]).square().mean()
+            return (self.last(self.norm(self.first(batch[0].float()))) - batch[1]).square().mean()
 
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
     module = Normed()
-    before = {key: value.clone() for key, value in module.net[1].state_dict().items()}
-    trainer(LoRACallback(["0", "3"], r=4)).fit(module, loader())
-    assert all(torch.equal(module.net[1].state_dict()[key], value) for key, value in before.items())
+    before = {key: value.clone() for key, value in module.norm.state_dict().items()}
+    trainer(LoRACallback("first", r=4, train=train)).fit(module, loader())
+    same = [torch.equal(module.norm.state_dict()[key], value) for key, value in before.items()]
+    assert not any(same) if moves else all(same)
 
 
 @pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode")  # Lightning's hint, and the point of the test
@@ -526,3 +529,110 @@ def test_reentrant_checkpointing_that_starves_the_adapters_is_caught(trainer):
         pytest.raises(GradientError, match=r"no gradient reached 4 of 4 .*use_reentrant=False"),
     ):
         trainer(LoRACallback(**lora)).fit(Checkpointed(True), loader())
+
+
+# The same module in other hands
+
+
+def test_a_new_callback_does_not_add_a_merged_adapter_again(module, trainer):
+    run = trainer(LoRACallback(r=4))
+    run.fit(module, loader())
+    path = run.checkpoint_callback.best_model_path
+    torch.manual_seed(0)
+    expected = trainer(LoRACallback(r=4)).predict(Module(), loader(), ckpt_path=path)
+    found = trainer(LoRACallback(r=4)).predict(module, loader(), ckpt_path=path)
+    assert torch.allclose(found[0], expected[0], atol=1e-5)
+    assert not adapted_layers(module)
+
+
+def test_another_callback_in_the_same_trainer_still_saves_adapters_alone(trainer, tmp_path):
+    run = trainer(LoRACallback(r=4), max_epochs=1)
+    run.fit(Module(), loader())
+    run.callbacks = [LoRACallback(r=4) if isinstance(other, LoRACallback) else other for other in run.callbacks]
+    run.fit_loop.max_epochs = 2
+    run.fit(Module(), loader())
+    run.save_checkpoint(tmp_path / "second.ckpt", weights_only=False)
+    assert all("lora_" in key for key in torch.load(tmp_path / "second.ckpt", weights_only=True)["state_dict"])
+
+
+def test_a_module_merged_by_hand_is_saved_whole(module, trainer, tmp_path):
+    run = trainer(LoRACallback(r=4, merge=False), max_epochs=1)
+    run.fit(module, loader())
+    merge(module)
+    run.save_checkpoint(tmp_path / "whole.ckpt", weights_only=True)
+    assert Module.load_from_checkpoint(tmp_path / "whole.ckpt")
+
+
+def test_the_callback_is_picklable_after_a_run(module, trainer):
+    lora = LoRACallback(r=4)
+    trainer(lora, max_epochs=1).fit(module, loader())
+    assert pickle.loads(pickle.dumps(lora)).config == copy.deepcopy(lora).config == lora.config
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "quantization is 'nf4' there and 'none' here"),
+        ({"quantization": None, "dropout": 0.5}, "dropout: 0.5 only there, 0 only here"),
+        ({"quantization": None, "train": "head"}, "train: .*net.head.weight only there"),
+    ],
+)
+def test_settings_a_module_with_adapters_does_not_have_are_refused(module, trainer, settings, said):
+    inject(module, config=LoRAConfig(r=4))
+    with pytest.raises(AdapterError, match=said):
+        trainer(LoRACallback(r=4, **settings)).fit(module, loader())
+
+
+@pytest.mark.filterwarnings("ignore::Warning")  # dynamo's own, about autograd functions and lru_cache
+def test_a_compiled_network_goes_through_fit_test_and_a_second_fit(trainer):
+    module = Module(torch.compile(Net(), backend="eager"))
+    run = trainer(LoRACallback(r=4, train="head"), max_epochs=1)
+    run.fit(module, loader())
+    run.test(module, loader(), ckpt_path="best", verbose=False)
+    trainer(LoRACallback(r=4, train="head"), max_epochs=1).fit(module, loader())
+    assert not adapted_layers(module)
+
+
+def test_weights_loaded_after_the_merge_are_what_the_next_fit_starts_from(module, trainer):
+    base, lora = copy.deepcopy(module.state_dict()), LoRACallback(r=4)
+    trainer(lora).fit(module, loader())
+    module.load_state_dict(base)
+    trainer(lora).fit(module, loader())
+    assert module.losses[8] == module.losses[0]
+
+
+def test_a_network_rebuilt_in_setup_is_tested_from_its_checkpoint(trainer):
+    module = InSetup()
+    run = trainer(LoRACallback(r=4))
+    run.fit(module, loader())
+    run.test(module, loader(), ckpt_path="best", verbose=False)
+    assert len(adapted_layers(module)) == 6
+
+
+@pytest.mark.parametrize("first", ["paged_adamw_8bit", None])
+def test_a_checkpoint_of_another_optimizer_is_refused_naming_both(module, trainer, first):
+    run = trainer(LoRACallback(r=4, optimizer=first), max_epochs=1)
+    run.fit(module, loader())
+    second = None if first else "paged_adamw_8bit"
+    with pytest.raises(CheckpointError, match=r"holds the state of .*AdamW.*, this run uses .*AdamW"):
+        trainer(LoRACallback(r=4, optimizer=second)).fit(
+            Module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path
+        )
+
+
+def test_a_failed_test_leaves_the_module_merged(module, trainer):
+    class Fails(Callback):
+        def on_test_batch_end(self, *_):
+            raise RuntimeError("the power went out")
+
+    run = trainer(LoRACallback(r=4), Fails())
+    run.fit(module, loader())
+    with pytest.raises(RuntimeError, match="power"):
+        run.test(module, loader(), ckpt_path="best", verbose=False)
+    assert not adapted_layers(module)
+
+
+def test_numbers_from_numpy_can_be_saved_and_resumed(module, trainer):
+    run = trainer(LoRACallback(r=np.int64(4), alpha=np.float32(8)), max_epochs=1)
+    run.fit(module, loader())
+    trainer(LoRACallback(r=4, alpha=8)).fit(Module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path)

@@ -137,3 +137,10 @@ def test_held_out_english_is_never_trained_on():
     paragraphs = [p for p in held.split("\n\n") if len(p) > 100]
     assert len(paragraphs) > 50
     assert not [p for p in paragraphs if p in train]
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "the file is empty"), ("hello", "takes 257. Pass a longer --data")])
+def test_a_text_too_short_to_train_on_is_refused(tmp_path, capsys, text, said):
+    (tmp_path / "text.txt").write_text(text)
+    assert cli.main(["demo", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path)]) == 1
+    assert said in capsys.readouterr().err

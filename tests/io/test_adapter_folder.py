@@ -27,6 +27,8 @@ from lightning_lora import (
     summary,
 )
 from lightning_lora.model.layers import adapted_layers
+from tests.conftest import Net as TiedNet
+from tests.conftest import randomize
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -604,3 +606,25 @@ def test_the_config_is_sorted_json_that_ends_in_a_newline(folder):
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
     assert json.loads(text)["target_modules"] == ["0", "2"]
     assert json.loads(text)["modules_to_save"] == ["head"]
+
+
+def test_a_trained_head_that_is_tied_to_the_embedding_is_saved_and_loaded(tmp_path):
+    def tied():
+        net = TiedNet(out=16)
+        net.head.weight = net.embed.weight
+        return net
+
+    net = randomize(inject(tied(), "q_proj", train="head"))
+    save_adapter(net, tmp_path)
+    loaded = load_adapter(tied(), tmp_path)
+    assert torch.equal(loaded.head.weight, net.head.weight)
+    assert loaded.head.weight is loaded.embed.weight
+
+
+def test_a_model_that_is_frozen_before_it_is_saved_keeps_its_trained_head(net, tmp_path):
+    randomize(inject(net, train="head"))
+    save_adapter(net, tmp_path / "trainable")
+    save_adapter(net.eval().requires_grad_(False), tmp_path / "frozen")
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("trainable", "frozen")]
+    assert files[0] == files[1]
+    assert b"base_model.model.head.weight" in files[0]

@@ -7,11 +7,15 @@ from torch import nn
 from lightning_lora import (
     AdapterError,
     LoRAConfig,
+    TargetError,
     activate,
     adapter_parameters,
+    adapter_state_dict,
     delete_adapter,
     disabled,
     inject,
+    merge,
+    quantize,
     summary,
 )
 from lightning_lora.nn.lora import LoRA
@@ -116,3 +120,82 @@ def test_summary_counts_every_parameter_once(net):
     assert account.adapter_bytes == 4 * adapters
     assert "q_proj" in str(account)
     assert f"{account.trainable:,} of {account.total:,}" in str(account)
+
+
+def replaced_forward(layer):
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (nn.utils.weight_norm, "a hook computes its weight"),
+        (nn.utils.spectral_norm, "a hook computes its weight"),
+        (lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5), "a hook computes its weight"),
+        (replaced_forward, "its forward was replaced on the instance"),
+        (lambda _: nn.LazyLinear(64), "it is lazy and has no shape yet"),
+        (lambda layer: torch.compile(layer, backend="eager"), "was compiled by itself"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:Lazy modules:UserWarning")
+def test_a_layer_that_is_more_than_its_weight_is_refused(make, said):
+    model = nn.Sequential(make(nn.Linear(64, 64)), nn.Linear(64, 8))
+    keys = list(model.state_dict())
+    with pytest.raises(TargetError, match=said):
+        inject(model, "_orig_mod" if "compiled" in said else "0")
+    assert list(model.state_dict()) == keys
+
+
+def test_a_lazy_layer_elsewhere_is_named_before_anything_changes():
+    model = nn.Sequential(nn.Linear(64, 64), nn.LazyConv1d(4, 3))
+    with pytest.raises(TargetError, match=r"1\.weight, 1\.bias is lazy"):
+        inject(model, "0")
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_hooks_run_on_the_adapted_and_on_the_merged_layer(quantized):
+    model, seen = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), []
+
+    def double(layer, args, output):
+        seen.append(layer)
+        return 2 * output
+
+    handle = model[0].register_forward_hook(double)
+    randomize(inject(model, "0"))
+    if quantized:
+        quantize(model)
+    x = torch.randn(4, 64)
+    adapted = model(x)
+    assert torch.equal(model[0](x), 2 * model[0].forward(x))
+    assert torch.allclose(merge(model)(x), adapted, atol=1e-5)
+    assert isinstance(seen[-1], nn.Linear)
+    handle.remove()
+    assert not torch.allclose(model(x), adapted, atol=1e-2)
+
+
+def test_hooks_go_back_to_the_plain_layer_of_a_deleted_adapter():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    model[0].register_forward_hook(lambda *args: 2 * args[-1])
+    x = torch.randn(4, 64)
+    before = model(x)
+    assert torch.equal(delete_adapter(inject(model, "0"), "default")(x), before)
+
+
+def test_an_adapter_deleted_while_disabled_stays_away(net, tokens):
+    inject(net, config=LoRAConfig(r=4))
+    inject(net, config=LoRAConfig(r=4), name="other")
+    activate(net, "default", "other")
+    with disabled(net):
+        delete_adapter(net, "other")
+    assert net(tokens).isfinite().all()
+
+
+def test_a_second_adapter_leaves_what_the_first_trains_along(net):
+    inject(net, "q_proj", train="head")
+    keys = list(adapter_state_dict(net))
+    inject(net, "up_proj", name="other")
+    assert list(adapter_state_dict(net)) == keys
+    assert "base_model.model.head.weight" in keys

@@ -125,3 +125,11 @@ def test_the_base_is_untouched_by_training_and_merging_elsewhere(net, tokens):
     randomize(inject(net))
     with disabled(net):
         assert torch.equal(net(tokens), base)
+
+
+def test_autocast_does_not_round_the_update(net, tokens):
+    randomize(inject(net, config=LoRAConfig(r=8)))
+    adapted = net(tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merge(net)
+    assert relative_difference(net(tokens), adapted) <= 1e-5  # fp32, summed in another order

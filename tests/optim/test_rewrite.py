@@ -148,3 +148,46 @@ def test_the_report_before_the_first_step_is_what_the_state_then_is(net, tokens)
     small = sum(p.numel() for p in net.parameters() if p.requires_grad) - large[0].numel()
     assert after.state_bytes == 8 * small + 2 * large[0].numel() + 2 * 4 * large[0].numel() // 256 + 2 * 4 * 256
     assert str(after).startswith("bitsandbytes.optim.PagedAdamW8bit")
+
+
+def test_a_scheduler_inside_a_users_own_scheduler_follows(net):
+    """As the warm-up wrappers do that people pass around."""
+
+    class Warmup(lr_scheduler.LRScheduler):
+        def __init__(self, optimizer, after):
+            self.after = after
+            super().__init__(optimizer)
+
+        def get_lr(self):
+            return [group["lr"] for group in self.optimizer.param_groups]
+
+        def step(self, epoch=None):
+            if hasattr(self, "_last_lr"):  # not in the constructor
+                self.after.step()
+            self._last_lr = self.get_lr()
+
+    inject(net)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1.0)
+    scheduler = Warmup(optimizer, lr_scheduler.StepLR(optimizer, 1, 0.5))
+    new = rewrite(net, optimizer, scheduler)
+    before = new.param_groups[0]["lr"]
+    new.step()
+    scheduler.step()
+    assert new.param_groups[0]["lr"] == before / 2
+
+
+def test_lbfgs_steps_over_the_adapters_alone(net, tokens):
+    inject(net)
+    optimizer = rewrite(net, torch.optim.LBFGS(net.parameters(), lr=0.1))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = net(tokens).square().mean()
+        loss.backward()
+        return loss
+
+    first = closure().item()
+    for _ in range(3):
+        optimizer.step(closure)
+    optimizer.state_dict()
+    assert closure().item() < first

@@ -158,3 +158,11 @@ def test_double_precision_inputs_compute_in_double_precision():
 def test_values_that_are_none_of_the_choices_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         NF4Config(**settings)
+
+
+def test_autocast_does_not_override_the_compute_dtype():
+    layer = NF4Linear.from_linear(nn.Linear(256, 64), NF4Config(compute_dtype=torch.float32))
+    x = torch.randn(8, 256)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        computed = layer(x)
+    assert torch.equal(computed, layer(x).bfloat16())

@@ -52,7 +52,10 @@ def code() -> Corpus:
 
 def from_file(path: Path) -> Corpus:
     """A text file of the user's: its last tenth is held out."""
-    data = _as_bytes(path.read_text(encoding="utf-8", errors="replace"))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text:
+        raise ValueError(f"--data {path}: the file is empty")
+    data = _as_bytes(text)
     cut = len(data) - len(data) // 10
     return Corpus(data[:cut], data[cut:])
 
@@ -60,6 +63,11 @@ def from_file(path: Path) -> Corpus:
 def windows(text: Tensor, length: int, *, limit: int | None = None) -> Tensor:
     """Cut text into ``(count, length + 1)`` windows, at most ``limit`` of them, evenly spread."""
     count = (len(text) - 1) // length
+    if count < 1:
+        raise ValueError(
+            f"the text, or its held-out tenth, has {len(text)} bytes; one window takes {length + 1}. "
+            "Pass a longer --data"
+        )
     starts = torch.arange(count) * length
     if limit is not None and count > limit:
         starts = starts[torch.linspace(0, count - 1, limit).long()]
