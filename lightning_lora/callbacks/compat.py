@@ -30,8 +30,7 @@ def check_trainer(trainer: Trainer) -> None:
     if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
         raise UnsupportedError(
             "BitsandbytesPrecision would quantize the base a second time. Drop that plugin; the callback's "
-            "quantization='nf4' does it, "
-            "and leaves precision='bf16-mixed' free"
+            "quantization='nf4' does it, and leaves precision='bf16-mixed' free"
         )
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, reason in _CONFLICTS.items():

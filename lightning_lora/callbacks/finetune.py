@@ -118,8 +118,7 @@ class FineTune:
         if KEY not in checkpoint:
             raise CheckpointError(
                 "this checkpoint was not written by LoRACallback. To fine-tune a full checkpoint, load it into the "
-                "module first "
-                "(load_from_checkpoint, or load_state_dict) and pass no ckpt_path"
+                "module first (load_from_checkpoint, or load_state_dict) and pass no ckpt_path"
             )
         apart = differences(checkpoint[KEY], self.description)
         if apart:
@@ -147,8 +146,7 @@ def check_optimizers(checkpoint: dict[str, Any], optimizers: Sequence[Optimizer]
     if saved != here:
         raise CheckpointError(
             f"this checkpoint holds the state of {listing(saved) or 'no optimizer'}, this run uses {listing(here)}. "
-            "Set "
-            "the callback's optimizer= and configure_optimizers as they were"
+            "Set the callback's optimizer= and configure_optimizers as they were"
         )
 
 

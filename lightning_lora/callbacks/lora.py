@@ -35,6 +35,7 @@ from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.summary import summary
 from lightning_lora.model.targets import ALL_LINEAR, Plan, resolve
 from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import rewrite_optimizers
@@ -42,9 +43,7 @@ from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.quantize import check_quantizable, quantize
 
 _FINETUNES: WeakKeyDictionary[nn.Module, FineTune] = WeakKeyDictionary()
-"""What was done to each module of this process, whichever callback did it: nothing is to be injected or merged
-twice.
-"""
+"""The fine-tune of each module, whichever callback made it: nothing is to be injected or merged twice."""
 
 
 class LoRACallback(Callback):
@@ -150,12 +149,12 @@ class LoRACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep running statistics of frozen normalization layers as they are: the base has to stay the base."""
-        whole = tuple(trained_modules(pl_module))
+        whole = tuple(f"{path}." for path in trained_modules(pl_module))
         frozen = [
             name
             for name, module in pl_module.named_modules()
             if isinstance(module, nn.modules.batchnorm._NormBase)
-            and not name.startswith(whole)
+            and not f"{name}.".startswith(whole)
             and module.track_running_stats
             and not any(p.requires_grad for p in module.parameters())
         ]
@@ -261,8 +260,7 @@ class LoRACallback(Callback):
             if self.adapter != finetune.adapter:
                 raise AdapterError(
                     f"the module holds adapters already, which adapter={str(self.adapter)!r} would overwrite. Drop "
-                    "that "
-                    "argument to go on with them, or start from the base model"
+                    "that argument to go on with them, or start from the base model"
                 )
             return
         plan = resolve(module, self.targets, self.config, exclude=self.exclude, train=self.train)
@@ -280,8 +278,7 @@ class LoRACallback(Callback):
             raise AdapterError(
                 f"the module holds adapters already, and the callback asks for others: {'; '.join(apart)} ('there' is "
                 "the callback, 'here' the module). Set the callback to the same values to go on with them. To start "
-                "anew "
-                "on the trained weights, merge(module) if it is not merged yet, and fit copy.deepcopy(module)"
+                "anew on the trained weights, merge(module) if it is not merged yet, and fit copy.deepcopy(module)"
             )
 
     def _report(self, module: LightningModule) -> None:
@@ -289,9 +286,8 @@ class LoRACallback(Callback):
         first = account.layers[0]
         rank_zero_info(
             f"LoRA: {first.method} on {len(account.layers)} linear layers (base {first.storage}), training "
-            f"{account.trainable:,} of "
-            f"{account.total:,} parameters ({100 * account.trainable / account.total:.2f}%), model "
-            f"{account.model_bytes / 2**20:.1f} MiB"
+            f"{account.trainable:,} of {account.total:,} parameters ({100 * account.trainable / account.total:.2f}%), "
+            f"model {account.model_bytes / 2**20:.1f} MiB"
         )
 
     def _rewrite_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
@@ -341,14 +337,8 @@ def network(module: LightningModule) -> nn.Module:
     """
     children = [child for child in module.children() if next(child.parameters(), None) is not None]
     own = next(module.parameters(recurse=False), None) is not None
-    if (
-        len(children) == 1
-        and not own
-        and not isinstance(children[0], nn.Linear)
-        and children[0] not in adapted_layers(module).values()
-    ):
-        return children[0]
-    return module
+    shell = len(children) == 1 and not own and not isinstance(children[0], nn.Linear | LoRALinear)
+    return children[0] if shell else module
 
 
 def _tell(what: str, layers: Mapping[str, str]) -> None:

@@ -62,13 +62,13 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser], sha
         allow_abbrev=False,
         help="fine-tune a small model now, offline, without a GPU",
         description=(
-            "QLoRA-adapts a small language model of Python code to English: adapters injected by the callback, base in "
-            "NF4, paged 8-bit AdamW, merged at the end. Takes about a minute on two cores, needs no network, and shows "
-            "held-out bits per byte before and after."
+            "QLoRA-adapts a small language model of Python code to English: adapters injected by the callback, base "
+            "in NF4, paged 8-bit AdamW, merged at the end. Takes about a minute on two cores, needs no network, and "
+            "shows held-out bits per byte before and after."
         ),
         epilog=(
-            "examples:  lightning-lora demo   |   lightning-lora demo --data notes.txt   |   "
-            "lightning-lora demo --model ./my-llama --data notes.txt --steps 100"
+            "examples:  lightning-lora demo   |   lightning-lora demo --data notes.txt   |   lightning-lora demo "
+            "--model ./my-llama --data notes.txt --steps 100"
         ),
     )
     demo.add_argument(

@@ -36,9 +36,8 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
         here = [path for path in live if path and why_not_linear(model.get_submodule(live[path])) is None]
         raise AdapterError(
             f"{len(absent)} of {len(file.adapters)} adapted layers are not in {type(model).__name__}: "
-            f"{listing(absent, 3)}. "
-            f"Its linear layers are {listing(here, 3)}. Pass the module the adapter was trained on, which may be one "
-            "level up or down"
+            f"{listing(absent, 3)}. Its linear layers are {listing(here, 3)}. Pass the module the adapter was trained "
+            "on, which may be one level up or down"
         )
     linear = [path for path, real in live.items() if _is_adaptable(model.get_submodule(real))]
     whole = _trained_whole(live, file)

@@ -59,8 +59,8 @@ def apply(model: nn.Module, plan: Plan, *, name: str = "default") -> nn.Module:
     """Carry out a plan, in place, and return the model."""
     if name in adapter_names(model):
         raise AdapterError(
-            f"the model already holds an adapter {name!r} (on {listing(adapted_layers(model))}). "
-            f"Pass another name to add a second one, or delete_adapter(model, {name!r}) first"
+            f"the model already holds an adapter {name!r} (on {listing(adapted_layers(model))}). Pass another name to "
+            f"add a second one, or delete_adapter(model, {name!r}) first"
         )
     if "" in plan.layers:
         raise TargetError(

@@ -63,8 +63,7 @@ def check_mergeable(layers: Mapping[str, LoRALinear], *, dtype: torch.dtype | No
     if broken:
         raise MergeError(
             f"NaN or infinity in {listing(broken)}; nothing was merged. A NaN comes from a diverged training: go back "
-            "to an "
-            "earlier checkpoint. An infinity comes from a dtype too narrow: merge(model, dtype=torch.float32)"
+            "to an earlier checkpoint. An infinity comes from a dtype too narrow: merge(model, dtype=torch.float32)"
         )
 
 

@@ -165,8 +165,8 @@ def _matching(
     close = difflib.get_close_matches(pattern.rpartition(".")[2], endings, n=3, cutoff=0.5)
     hint = f"Closest: {', '.join(close)}. " if close else ""
     raise TargetError(
-        f"{what} {pattern!r} matches no linear layer. {hint}Linear layers here end in: {listing(endings, 12)}. "
-        f"Pass one of these, or a glob such as '*.{(close or endings)[0]}'"
+        f"{what} {pattern!r} matches no linear layer. {hint}Linear layers here end in: {listing(endings, 12)}. Pass "
+        f"one of these, or a glob such as '*.{(close or endings)[0]}'"
     )
 
 

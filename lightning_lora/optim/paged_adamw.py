@@ -65,8 +65,7 @@ def _refuse_differences(optimizer: Optimizer) -> None:
         if type(optimizer) is torch.optim.Adam and group["weight_decay"] and not group.get("decoupled_weight_decay"):
             raise OptimizerError(
                 f"torch.optim.Adam adds its weight_decay={group['weight_decay']} (group {index}) to the gradient, the "
-                "paged 8-bit AdamW "
-                f"subtracts it from the weights. Use torch.optim.AdamW, or weight_decay=0. {_FIX}"
+                f"paged 8-bit AdamW subtracts it from the weights. Use torch.optim.AdamW, or weight_decay=0. {_FIX}"
             )
     if optimizer.state:
         raise OptimizerError(f"{_name(optimizer)} has stepped already; its moments would be lost. {_FIX}")

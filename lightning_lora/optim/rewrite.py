@@ -53,17 +53,15 @@ def _check_coverage(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         if not mine:
             raise OptimizerError(
                 f"optimizer {index} ({type(optimizer).__name__}) holds no adapter, so its steps would change nothing. "
-                "Build it from "
-                "self.parameters() in configure_optimizers (frozen parameters are taken out for you), not before the "
-                "adapters exist"
+                "Build it from self.parameters() in configure_optimizers (frozen parameters are taken out for you), "
+                "not before the adapters exist"
             )
         held |= mine
     missing = [name for key, name in trainable.items() if key not in held]
     if missing and optimizers:
         raise OptimizerError(
             f"{len(missing)} of {len(trainable)} trainable parameters are in no optimizer and would stay as they are: "
-            f"{listing(missing)}. "
-            "Pass self.parameters() in configure_optimizers, or exclude those layers"
+            f"{listing(missing)}. Pass self.parameters() in configure_optimizers, or exclude those layers"
         )
 
 

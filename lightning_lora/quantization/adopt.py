@@ -23,18 +23,16 @@ def adopt_linear4bit(layer: Any) -> NF4Linear:
     weight, state = layer.weight, getattr(layer.weight, "quant_state", None)
     if state is None:
         raise QuantizationError(
-            "this Linear4bit is not quantized yet (that happens when it moves to its device). Move the model first, or "
-            "build it with "
-            "nn.Linear and let quantization='nf4' do it"
+            "this Linear4bit is not quantized yet (that happens when it moves to its device). Move the model first, "
+            "or build it with nn.Linear and let quantization='nf4' do it"
         )
     if state.quant_type != "nf4":
         raise QuantizationError(f"this Linear4bit stores {state.quant_type}; only nf4 can be taken over")
     if getattr(state, "packing_format_for_cpu", False):
         raise QuantizationError(
             "this Linear4bit was evaluated on the CPU, where bitsandbytes repacks the weight so that it cannot be "
-            "trained or read back "
-            "exactly. Inject before the first evaluation, or set layer.support_avx512bf16_for_cpu = False on every "
-            "Linear4bit"
+            "trained or read back exactly. Inject before the first evaluation, or set "
+            "layer.support_avx512bf16_for_cpu = False on every Linear4bit"
         )
     if state.nested and state.state2.blocksize != NESTED_BLOCK:
         raise QuantizationError(

@@ -88,6 +88,6 @@ def _check_weights(layers: Mapping[str, LoRALinear]) -> None:
             raise QuantizationError(f"{name} has no weight yet (meta device); load the weights before quantizing")
         if not is_finite(weight):
             raise QuantizationError(
-                f"the base weight of {name} holds NaN or infinity: one such value would spoil its whole block. "
-                f"Mend the base model, or pass exclude={name!r}"
+                f"the base weight of {name} holds NaN or infinity: one such value would spoil its whole block. Mend "
+                f"the base model, or pass exclude={name!r}"
             )

@@ -65,8 +65,8 @@ def windows(text: Tensor, length: int, *, limit: int | None = None) -> Tensor:
     count = (len(text) - 1) // length
     if count < 1:
         raise ValueError(
-            f"the text, or its held-out tenth, has {len(text)} bytes; one window takes {length + 1}. "
-            "Pass a longer --data"
+            f"the text, or its held-out tenth, has {len(text)} bytes; one window takes {length + 1}. Pass a longer "
+            "--data"
         )
     starts = torch.arange(count) * length
     if limit is not None and count > limit:

@@ -208,7 +208,7 @@ def _write(out: Path, report: dict[str, Any], before: Scores, after: Scores) -> 
         f"| {name} | {old:.3f} | {after.bits_per_byte[name]:.3f} |" for name, old in before.bits_per_byte.items()
     )
     (out / "report.md").write_text(
-        f"# QLoRA demo\n\n| held-out text | bits/byte before | after |\n|---|---|---|\n{rows}\n\n"
-        f"Before:\n\n```\n{before.sample}\n```\n\nAfter:\n\n```\n{after.sample}\n```\n"
+        "# QLoRA demo\n\n| held-out text | bits/byte before | after "
+        f"|\n|---|---|---|\n{rows}\n\nBefore:\n\n```\n{before.sample}\n```\n\nAfter:\n\n```\n{after.sample}\n```\n"
     )
     return ["report.json", "report.md"]
