@@ -21,7 +21,7 @@ from lightning_lora.callbacks.lora import LoRACallback
 from lightning_lora.cli import console
 from lightning_lora.cli.demo import pictures
 from lightning_lora.cli.demo.model import LanguageModel
-from lightning_lora.cli.demo.task import Task, Text
+from lightning_lora.cli.demo.task import PROMPT, Task, Text
 from lightning_lora.io.adapter_file import WEIGHTS
 from lightning_lora.model.summary import Summary, summary
 from lightning_lora.optim.report import OptimizerReport, optimizer_report
@@ -81,7 +81,10 @@ def run(task: Task, out: Path, *, steps: int, r: int = 8) -> dict[str, Any]:
     report = _report(task, observer, before, after, module, out)
     report |= {"fit_seconds": round(fit_seconds, 1), "seconds": round(time.perf_counter() - began, 1), "steps": steps}
     _show(report, before, after)
-    files = pictures.draw(out, observer.losses, report) + _write(out, report, before, after)
+    drawn = pictures.draw(out, observer.losses, report)
+    if not drawn:
+        console.line('no pictures: they need matplotlib, pip install "lightning-lora[plot]"')
+    files = drawn + _write(out, report, before, after)
     console.line(f"wrote {out}/: adapter_config.json, {WEIGHTS}, model.safetensors, {', '.join(files)}")
     return report
 
@@ -193,8 +196,8 @@ def _show(report: dict[str, Any], before: Scores, after: Scores) -> None:
             ),
         ],
     )
-    console.line(f"before: {before.sample!r}")
-    console.line(f"after:  {after.sample!r}")
+    console.line(f"before: {PROMPT + before.sample!r}")
+    console.line(f"after:  {PROMPT + after.sample!r}")
     files = f"adapter file {report['adapter_file_bytes']:,} bytes, merged model {report['merged_file_bytes']:,} bytes"
     console.line(
         f"merged and adapted model agree: max relative logit difference {report['merged_vs_adapted']:.1e}; {files}"
@@ -209,6 +212,6 @@ def _write(out: Path, report: dict[str, Any], before: Scores, after: Scores) -> 
     )
     (out / "report.md").write_text(
         "# QLoRA demo\n\n| held-out text | bits/byte before | after "
-        f"|\n|---|---|---|\n{rows}\n\nBefore:\n\n```\n{before.sample}\n```\n\nAfter:\n\n```\n{after.sample}\n```\n"
+        f"|\n|---|---|---|\n{rows}\n\nBefore:\n\n```\n{PROMPT}{before.sample}\n```\n\nAfter:\n\n```\n{PROMPT}{after.sample}\n```\n"
     )
     return ["report.json", "report.md"]

@@ -16,6 +16,8 @@ from lightning_lora.cli.demo import corpus, pretrain
 from lightning_lora.errors import UnsupportedError
 
 Generate = Callable[[int], str]
+PROMPT = "The "
+"""What the samples before and after continue."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Task:
         train: Text to train on.
         held_out: The same kind of text, never trained on.
         other: Text of another kind to watch for forgetting; none for a user's own model.
-        generate: Writes about so many bytes after a fixed prompt.
+        generate: Writes about so many bytes after :data:`PROMPT`.
         lr: Learning rate that suits the network.
     """
 
@@ -66,7 +68,7 @@ def byte_task(base: Path, data: Path | None) -> Task:
         train=windows(name, text.train, None),
         held_out=windows(name, text.held_out, 200),
         other=windows("code", corpus.code().held_out, 200),
-        generate=lambda length: network.generate(b"The ", length).decode(errors="replace"),
+        generate=lambda length: network.generate(PROMPT.encode(), length).decode(errors="replace"),
         lr=7e-3,
     )
 
@@ -99,11 +101,11 @@ def hugging_face_task(model: str, data: Path | None, *, context: int = 256) -> T
         return Text(name, corpus.windows(ids, context, limit=limit), len(raw.encode()) / len(ids))
 
     def generate(length: int) -> str:
-        prompt = tokenizer("The ", return_tensors="pt").to(next(network.parameters()).device)
+        prompt = tokenizer(PROMPT, return_tensors="pt").to(next(network.parameters()).device)
         torch.manual_seed(0)
         written = network.generate(  # type: ignore[misc]
             **prompt, max_new_tokens=max(length // 4, 8), do_sample=True, temperature=0.7
         )
-        return str(tokenizer.decode(written[0], skip_special_tokens=True))[4:]
+        return str(tokenizer.decode(written[0], skip_special_tokens=True)).removeprefix(PROMPT)
 
     return Task(model, network, windows(text.train, None), windows(text.held_out, 50), None, generate, 2e-4)
