@@ -22,6 +22,11 @@ def check_trainer(trainer: Trainer) -> None:
     Raises:
         UnsupportedError: Naming the part of the Trainer that stands in the way, and what to do.
     """
+    if not isinstance(trainer, Trainer):
+        raise UnsupportedError(
+            f"the Trainer is from {type(trainer).__module__.partition('.')[0]}, whose classes are others than those "
+            "of lightning. Import Trainer and LightningModule from lightning.pytorch"
+        )
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise UnsupportedError(
             f"strategy {type(trainer.strategy).__name__}: this version trains on one device. Pass Trainer(devices=1, "

@@ -52,8 +52,8 @@ class LoRACallback(Callback):
     When the model stands (after ``__init__``, ``setup`` and ``configure_model``), adapters are put into its linear
     layers, everything else is frozen, and the frozen layers under the adapters are quantized. ``torch.optim.Adam`` and
     ``AdamW`` become bitsandbytes' paged 8-bit AdamW over the adapters alone, with their schedulers kept. Checkpoints
-    hold the adapters alone and resume exactly. After training the adapters are merged: the module then holds plain
-    layers with its original keys, whose parameters stay frozen until ``requires_grad_(True)``.
+    hold the adapters alone and resume bit for bit at an epoch boundary. After training the adapters are merged: the
+    module then holds plain layers with its original keys, whose parameters stay frozen until ``requires_grad_(True)``.
 
     Args:
         targets: Layers to adapt: ``"all-linear"`` (all but the output head), a name or glob or several, or a mapping

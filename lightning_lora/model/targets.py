@@ -104,7 +104,7 @@ def resolve(
         raise TargetError(f"nothing is left to adapt: {reasons}. Name a target outright, or exclude less")
     ordered = {name: layers[name] for name in linear if name in layers}
     _check_shapes(model, ordered)
-    return Plan(layers=ordered, train=trained, left=left)
+    return Plan(layers=ordered, train=trained, left={name: why for name, why in left.items() if name not in ordered})
 
 
 def _as_mapping(targets: Targets, config: AdapterConfig) -> dict[str, AdapterConfig]:

@@ -23,7 +23,8 @@ def quantize(model: nn.Module, config: NF4Config = _DEFAULT, *, device: torch.de
     """Quantize the base layer under every adapted layer of ``model``, in place, and return the model.
 
     Everything is checked before the first layer is touched. Layers are quantized one at a time, each original being
-    freed before the next, so the extra memory is that of the largest layer. A layer that is quantized already stays as
+    freed before the next, so the extra memory is at most that of the largest layer (on the CPU at least some 15 MiB,
+    which is what packing a piece of a layer takes there). A layer that is quantized already stays as
     it is, and so does one that :func:`check_quantizable` names.
 
     Args:

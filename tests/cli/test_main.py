@@ -42,6 +42,7 @@ def test_demo_reports_nf4_the_paged_optimizer_and_an_exact_merge(demo):
         report["base_bytes"] < 0.14 * report["base_bytes_float32"]
     )  # 4.127 of 32 bits is 0.129; small layers round up
     assert report["merged_vs_adapted"] <= 1e-5
+    assert 0 < report["merged_bf16_vs_adapted"] <= 2e-3
     assert report["held_out_after"] < report["held_out_before"]
 
 

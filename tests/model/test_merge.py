@@ -37,7 +37,7 @@ def test_merge_gives_the_adapted_logits_and_the_original_keys(net, tokens, base,
 @pytest.mark.parametrize("base", BASES)
 def test_a_real_model_merges_exactly_and_to_two_in_a_thousand_in_bfloat16(base):
     """The demo's pretrained model on English, with adapters a tenth the size of its weights."""
-    tokens = corpus.windows(corpus.english().held_out, 128, limit=8)[:, :-1]
+    tokens = corpus.windows(corpus.english().held_out, 128, limit=40)[:, :-1]
     model = randomize(inject(pretrain.load_base(), config=LoRAConfig(r=8)), std=0.03)
     if base is not None:
         quantize(model, base)
@@ -47,7 +47,8 @@ def test_a_real_model_merges_exactly_and_to_two_in_a_thousand_in_bfloat16(base):
         # Products in float32, so that only the merged weights are rounded, to 2^-9 of each at most
         rounded = merge(model, dtype=torch.bfloat16).float()(tokens)
     assert relative_difference(exact, adapted) <= 1e-5  # fp32, summed in another order
-    assert (rounded - adapted).norm() / adapted.norm() <= 2e-3
+    worst = ((rounded - adapted).flatten(1).norm(dim=1) / adapted.flatten(1).norm(dim=1)).max()  # of all sequences
+    assert worst <= 2e-3
 
 
 @pytest.mark.parametrize("ratio", [0.004, 0.04])

@@ -70,6 +70,12 @@ def test_a_mapping_gives_each_pattern_its_config_and_later_entries_win(net):
     assert (ranks["blocks.0.q_proj"], ranks["blocks.1.q_proj"]) == (2, 1)
 
 
+def test_a_layer_that_a_later_pattern_takes_is_not_reported_as_left(net):
+    plan = resolve(net, {"all-linear": CONFIG, "head": CONFIG}, CONFIG)
+    assert "head" in plan.layers
+    assert plan.left == {}
+
+
 def test_exclude_and_train_take_layers_out(net):
     assert planned(net, exclude="blocks.*") == ["downs.0", "downs.1"]
     plan = resolve(net, "all-linear", CONFIG, train=["downs.1", "head"])

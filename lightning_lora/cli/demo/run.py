@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -74,7 +75,7 @@ def run(task: Task, out: Path, *, steps: int, r: int = 8) -> dict[str, Any]:
     console.line(f"base: {task.name}, {sum(p.numel() for p in task.network.parameters()):,} parameters")
     before = _score(task)
     module = LanguageModel(task.network, lr=task.lr)
-    observer = Observer(task.held_out.windows[:2, :-1])
+    observer = Observer(task.held_out.windows[:8, :-1])
     lora = LoRACallback(r=r, alpha=2 * r, output_dir=out)
     fit_seconds = _fit(module, task.train, [observer, lora], steps)
     after = _score(task)
@@ -147,6 +148,7 @@ def _report(
     assert optimizer is not None
     assert adapted is not None
     merged = logits(module, observer.probe)
+    rounded = logits(_in_bfloat16(module, [layer.name for layer in account.layers]), observer.probe)
     text = task.held_out.name
     dense = sum(o * i for o, i in (layer.shape for layer in account.layers)) * 4
     return {
@@ -167,7 +169,24 @@ def _report(
         "adapter_file_bytes": (out / WEIGHTS).stat().st_size,
         "merged_file_bytes": (out / "model.safetensors").stat().st_size,
         "merged_vs_adapted": ((merged - adapted).abs().max() / adapted.abs().max()).item(),
+        "merged_bf16_vs_adapted": _worst_sequence(rounded - adapted, adapted),
+        "merged_bf16_vs_adapted_largest": ((rounded - adapted).abs().max() / adapted.abs().max()).item(),
     }
+
+
+def _in_bfloat16(module: LanguageModel, layers: list[str]) -> LanguageModel:
+    """A copy whose merged weights are rounded to bfloat16; everything else, and every product, stays as it is."""
+    twin = LanguageModel(copy.deepcopy(module.network), lr=0.0)
+    with torch.no_grad():
+        for name in layers:
+            weight = twin.get_submodule(name).get_parameter("weight")
+            weight.copy_(weight.bfloat16())
+    return twin
+
+
+def _worst_sequence(difference: Tensor, logits: Tensor) -> float:
+    """Largest relative difference, in the norm, of any sequence's logits."""
+    return float((difference.flatten(1).norm(dim=1) / logits.flatten(1).norm(dim=1)).max())
 
 
 def _show(report: dict[str, Any], before: Scores, after: Scores) -> None:
@@ -200,8 +219,10 @@ def _show(report: dict[str, Any], before: Scores, after: Scores) -> None:
     console.line(f"after:  {PROMPT + after.sample!r}")
     files = f"adapter file {report['adapter_file_bytes']:,} bytes, merged model {report['merged_file_bytes']:,} bytes"
     console.line(
-        f"merged and adapted model agree: max relative logit difference {report['merged_vs_adapted']:.1e}; {files}"
+        f"merged and adapted model agree: max relative logit difference {report['merged_vs_adapted']:.1e}; with merged "
+        f"weights in bf16 {report['merged_bf16_vs_adapted']:.1e} in the norm of the worst sequence"
     )
+    console.line(files)
     console.line(f"{report['steps']} steps in {report['fit_seconds']} s, {report['seconds']} s in all")
 
 
