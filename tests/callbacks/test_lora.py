@@ -414,7 +414,9 @@ def test_callbacks_that_would_break_it_are_refused_at_setup(module, trainer, oth
 def test_a_trainer_of_the_other_package_is_refused_with_what_to_import(tmp_path):
     other = pytest.importorskip("pytorch_lightning")
     model = pytest.importorskip("pytorch_lightning.demos.boring_classes").BoringModel()
-    run = other.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[LoRACallback(r=2)])
+    run = other.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, default_root_dir=tmp_path, callbacks=[LoRACallback(r=2)]
+    )
     with pytest.raises(UnsupportedError, match=r"is from pytorch_lightning.*from lightning\.pytorch"):
         run.fit(model)
 
