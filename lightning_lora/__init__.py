@@ -1,5 +1,6 @@
 """LoRA and QLoRA for PyTorch Lightning: one callback turns any LightningModule into a fine-tune."""
 
+from lightning_lora.callbacks.loading import load_from_checkpoint
 from lightning_lora.callbacks.lora import LoRACallback
 from lightning_lora.errors import (
     AdapterError,
@@ -22,6 +23,7 @@ from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.quantization import adopt as _adopt  # noqa: F401 (registers bitsandbytes' layers as bases)
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.quantize import quantize
+from lightning_lora.strategies.lora import LoRADDPStrategy, LoRAStrategy
 from lightning_lora.version import __version__
 
 __all__ = [
@@ -30,7 +32,9 @@ __all__ = [
     "GradientError",
     "LoRACallback",
     "LoRAConfig",
+    "LoRADDPStrategy",
     "LoRAError",
+    "LoRAStrategy",
     "MergeError",
     "NF4Config",
     "OptimizerError",
@@ -45,6 +49,7 @@ __all__ = [
     "disabled",
     "inject",
     "load_adapter",
+    "load_from_checkpoint",
     "merge",
     "quantize",
     "save_adapter",

@@ -16,10 +16,11 @@ BELOW = {
     "io": {"errors", "nn", "model"},
     "optim": {"errors", "dependencies", "nn", "model"},
     "callbacks": {"errors", "nn", "model", "quantization", "io", "optim"},
-    "cli": {"errors", "dependencies", "nn", "model", "quantization", "io", "optim", "callbacks"},
+    "strategies": {"errors", "callbacks"},
+    "cli": {"errors", "dependencies", "nn", "model", "quantization", "io", "optim", "callbacks", "strategies"},
 }
 ONLY_IN = {
-    "lightning": {"callbacks", "cli"},
+    "lightning": {"callbacks", "strategies", "cli"},
     "bitsandbytes": set(),  # only by dependencies.bitsandbytes(), at run time
     "transformers": {"cli"},
     "matplotlib": {"cli"},

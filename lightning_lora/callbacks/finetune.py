@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping
 from os import PathLike
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from lightning_lora.errors import CheckpointError, listing
-from lightning_lora.io.description import Description, describe, differences
+from lightning_lora.io.description import Description, describe
 from lightning_lora.io.keys import canonical
+from lightning_lora.model.checksum import bit_sum
 from lightning_lora.model.layers import adapted_layers, replace
 from lightning_lora.model.merge import check_mergeable, merged
 from lightning_lora.model.parameters import adapter_state_keys, trained_outside_adapters
 from lightning_lora.nn.linear import LoRALinear
 from lightning_lora.nn.lora import LoRAConfig
-from lightning_lora.optim.report import class_name
 
-KEY = "lightning_lora"
-"""The checkpoint entry that says what adapter the checkpoint holds."""
+Owners = MutableMapping[Tensor, LoRALinear]
+"""The adapted layer that each weight of the original model went into, by identity and without keeping it alive."""
 
 
 class FineTune:
@@ -32,15 +30,23 @@ class FineTune:
 
     Args:
         module: A module with adapters.
+        owners: The layers by the weights they had before.
         adapter: The folder they were loaded from, if any.
+
+    Attributes:
+        layers: The adapted layers by name.
+        description: What the adapter is, as a checkpoint says it.
+        trained: Names of the trained parameters outside the adapters.
+        keys: Names, in the adapted module's state dict, of all that the fine-tune changes.
     """
 
-    def __init__(self, module: nn.Module, adapter: str | PathLike[str] | None = None) -> None:
+    def __init__(self, module: nn.Module, owners: Owners, adapter: str | PathLike[str] | None = None) -> None:
+        self.owners = owners
         self.adapter = adapter
         self.layers: dict[str, LoRALinear] = adapted_layers(module)
         self.description: Description = describe(module)
         self.trained = trained_outside_adapters(module)
-        self._keys = adapter_state_keys(module)
+        self.keys = adapter_state_keys(module)
         self._merged: dict[LoRALinear, nn.Linear] = {}
         self._sums: dict[LoRALinear, int] = {}
 
@@ -59,6 +65,11 @@ class FineTune:
     def is_merged(self) -> bool:
         """Whether the module holds plain layers now."""
         return bool(self._merged)
+
+    def state(self) -> dict[str, Tensor]:
+        """The adapters' tensors under the names they have in the adapted module, also while it is merged."""
+        state = {f"{path}.{key}": t for path, layer in self.layers.items() for key, t in layer.state_dict().items()}
+        return {key: state[key] for key in self.keys if key in state}
 
     @torch.no_grad()
     def merge(self, module: nn.Module) -> None:
@@ -79,13 +90,13 @@ class FineTune:
             raise
         replace(module, plain)
         self._merged = plain
-        self._sums = {layer: _bit_sum(linear.weight) for layer, linear in plain.items()}
+        self._sums = {layer: bit_sum(linear.weight) for layer, linear in plain.items()}
 
     def is_merged_in(self, module: nn.Module) -> bool:
         """Whether ``module`` holds the merged layers as they were made: not rebuilt, reloaded or trained since."""
         here = set(module.modules())
         return self.is_merged and all(
-            plain in here and _bit_sum(plain.weight) == self._sums[layer] for layer, plain in self._merged.items()
+            plain in here and bit_sum(plain.weight) == self._sums[layer] for layer, plain in self._merged.items()
         )
 
     def unmerge(self, module: nn.Module) -> None:
@@ -95,62 +106,6 @@ class FineTune:
         replace(module, {plain: layer for layer, plain in self._merged.items()})
         self._merged = {}
 
-    def reduce_checkpoint(self, checkpoint: dict[str, Any], optimizers: Sequence[Optimizer] = ()) -> None:
-        """Leave in a checkpoint's ``state_dict`` what the fine-tune changes, and say under :data:`KEY` what that is."""
-        if KEY in checkpoint:
-            return
-        kept = {
-            f"{path}.{key}": tensor for path, layer in self.layers.items() for key, tensor in layer.state_dict().items()
-        }
-        available = {**checkpoint["state_dict"], **kept} if self.is_merged else checkpoint["state_dict"]
-        checkpoint["state_dict"] = {key: available[key] for key in self._keys}
-        checkpoint[KEY] = self.description | {"optimizers": [class_name(optimizer) for optimizer in optimizers]}
 
-    def complete_checkpoint(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Check that a checkpoint belongs to this fine-tune, and add the frozen weights it leaves out.
-
-        They come from ``module`` itself. Lightning can then load it strictly: nothing of ours may be missing, and
-        nothing foreign is let in.
-
-        Raises:
-            CheckpointError: If it holds no adapter, or another one; the message names both sides.
-        """
-        if KEY not in checkpoint:
-            raise CheckpointError(
-                "this checkpoint was not written by LoRACallback. To fine-tune a full checkpoint, load it into the "
-                "module first (load_from_checkpoint, or load_state_dict) and pass no ckpt_path"
-            )
-        apart = differences(checkpoint[KEY], self.description)
-        if apart:
-            raise CheckpointError(
-                f"this checkpoint belongs to another fine-tune: {'; '.join(apart)}. Set the callback to the same values"
-            )
-        saved: dict[str, Tensor] = checkpoint["state_dict"]
-        missing, extra = [k for k in self._keys if k not in saved], [k for k in saved if k not in self._keys]
-        if missing or extra:
-            raise CheckpointError(
-                f"this checkpoint lacks {listing(missing) or 'nothing'} and has beyond its adapter "
-                f"{listing(extra) or 'nothing'}"
-            )
-        checkpoint["state_dict"] = {**module.state_dict(), **saved}
-
-
-def check_optimizers(checkpoint: dict[str, Any], optimizers: Sequence[Optimizer]) -> None:
-    """Check that a checkpoint's optimizer states are of the optimizers they are loaded into.
-
-    Raises:
-        CheckpointError: If not; torch would find out at the first step, by a missing key.
-    """
-    here = [class_name(optimizer) for optimizer in optimizers]
-    saved = checkpoint[KEY]["optimizers"]
-    if saved != here:
-        raise CheckpointError(
-            f"this checkpoint holds the state of {listing(saved) or 'no optimizer'}, this run uses {listing(here)}. "
-            "Set the callback's optimizer= and configure_optimizers as they were"
-        )
-
-
-def _bit_sum(weight: Tensor) -> int:
-    """A checksum that no order of summation and no device changes."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    return int(weight.detach().view(bits).sum(dtype=torch.int64))
+FINETUNES: WeakKeyDictionary[nn.Module, FineTune] = WeakKeyDictionary()
+"""The fine-tune of each module, whichever callback made it: nothing is to be injected or merged twice."""

@@ -1,18 +1,54 @@
-"""The callback's arguments, from what people and YAML write to frozen values."""
+"""The callback's arguments, from what people and YAML write to one frozen value."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from os import PathLike
 from typing import Any
 
 from lightning_lora.errors import listing
+from lightning_lora.model.targets import ALL_LINEAR
 from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.quantization.config import NF4Config
 
 METHODS: dict[str, type[LoRAConfig]] = {"lora": LoRAConfig}
 QUANTIZATIONS: dict[str, NF4Config] = {"nf4": NF4Config()}
 OPTIMIZERS = ("paged_adamw_8bit",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a module is turned into: where adapters go, what they are, and how the base below them is stored.
+
+    Attributes:
+        targets: Pattern or patterns, or a mapping from pattern to config.
+        config: The config of targets that have none of their own.
+        exclude: Patterns of layers to leave as they are.
+        train: Patterns of modules to train whole.
+        quantization: How to store the base; None leaves it as it is.
+        adapter: Folder of a saved adapter that brings its own targets and configs.
+
+    Raises:
+        ValueError: If ``adapter`` stands beside a value it would overrule.
+    """
+
+    targets: Any
+    config: LoRAConfig
+    exclude: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    quantization: NF4Config | None = None
+    adapter: str | PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.adapter is None:
+            return
+        default = LoRAConfig()
+        changed = [f.name for f in fields(LoRAConfig) if getattr(self.config, f.name) != getattr(default, f.name)]
+        changed += [name for name in ("exclude", "train") if getattr(self, name)]
+        changed += ["targets"] if self.targets != ALL_LINEAR else []
+        if changed:
+            raise ValueError(f"adapter={str(self.adapter)!r} brings its own {listing(changed)}; drop these arguments")
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

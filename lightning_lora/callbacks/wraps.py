@@ -1,4 +1,4 @@
-"""Doing something before or after a method of one object, where Lightning has no hook, and undoing it.
+"""Doing something before or after a method of one object, or in its place, where Lightning has no hook; and undoing it.
 
 Only the instance is touched, never a class.
 """
@@ -9,14 +9,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+Undo = Callable[[], None]
+
 
 def wrap(
     owner: object, method: str, *, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
-) -> Callable[[], None]:
+) -> Undo:
     """Let ``before`` and ``after`` be called around ``owner.method``, with its arguments; returns what undoes it."""
+    return substitute(owner, method, partial(_around, getattr(owner, method), before, after))
+
+
+def substitute(owner: object, method: str, function: Callable[..., Any]) -> Undo:
+    """Let ``function`` be called in place of ``owner.method``; returns what undoes it."""
     original = vars(owner).get(method)
-    setattr(owner, method, partial(_around, getattr(owner, method), before, after))
-    return partial(_unwrap, owner, method, original)
+    setattr(owner, method, function)
+    return partial(_restore, owner, method, original)
 
 
 def _around(
@@ -34,7 +41,7 @@ def _around(
     return result
 
 
-def _unwrap(owner: object, method: str, original: Any) -> None:
+def _restore(owner: object, method: str, original: Any) -> None:
     if original is None:
         delattr(owner, method)
     else:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lora import dependencies
 from lightning_lora.errors import OptimizerError
+from lightning_lora.optim.report import MIN_PAGED
 
 _TORCH_ONLY = {
     "foreach",
@@ -54,25 +56,45 @@ def paged_adamw_8bit(optimizer: Optimizer) -> Optimizer:
     return swapped
 
 
+def page_again(optimizer: Optimizer) -> None:
+    """Put moments back into paged memory that were loaded from a checkpoint.
+
+    ``load_state_dict`` makes ordinary CUDA tensors of them, and the GPU could no longer evict them to the host.
+    """
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        if not parameter.is_cuda or parameter.numel() < MIN_PAGED:
+            continue
+        for key in ("state1", "state2"):
+            moments = state.get(key)
+            if isinstance(moments, Tensor) and not getattr(moments, "is_paged", False):
+                buffer = optimizer.get_state_buffer(parameter, dtype=moments.dtype)  # type: ignore[attr-defined]
+                buffer.copy_(moments)
+                state[key] = buffer
+
+
 def _refuse_differences(optimizer: Optimizer) -> None:
     for index, group in enumerate(optimizer.param_groups):
         for flag in ("amsgrad", "maximize", "differentiable"):
             if group.get(flag):
                 raise OptimizerError(
-                    f"{_name(optimizer)} has {flag}=True in group {index}, which the paged 8-bit AdamW cannot do. "
-                    f"{_FIX}"
+                    f"{optimizer_name(optimizer)} has {flag}=True in group {index}, which the paged 8-bit AdamW "
+                    f"cannot do. {FIX}"
                 )
         if type(optimizer) is torch.optim.Adam and group["weight_decay"] and not group.get("decoupled_weight_decay"):
             raise OptimizerError(
                 f"torch.optim.Adam adds its weight_decay={group['weight_decay']} (group {index}) to the gradient, the "
-                f"paged 8-bit AdamW subtracts it from the weights. Use torch.optim.AdamW, or weight_decay=0. {_FIX}"
+                f"paged 8-bit AdamW subtracts it from the weights. Use torch.optim.AdamW, or weight_decay=0. {FIX}"
             )
     if optimizer.state:
-        raise OptimizerError(f"{_name(optimizer)} has stepped already; its moments would be lost. {_FIX}")
+        raise OptimizerError(f"{optimizer_name(optimizer)} has stepped already; its moments would be lost. {FIX}")
 
 
-_FIX = "To keep your optimizer as it is, pass optimizer=None"
+FIX = "To keep your optimizer as it is, pass optimizer=None"
+"""The way out of every refusal here."""
 
 
-def _name(optimizer: Optimizer) -> str:
+def optimizer_name(optimizer: Optimizer) -> str:
+    """The class of one of torch's optimizers, as people write it."""
     return f"torch.optim.{type(optimizer).__name__}"

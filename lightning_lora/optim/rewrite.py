@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_lora.errors import OptimizerError, listing
-from lightning_lora.optim.paged_adamw import paged_adamw_8bit, replaceable
+from lightning_lora.optim.paged_adamw import FIX, optimizer_name, paged_adamw_8bit, replaceable
 
 Scheduler = LRScheduler | ReduceLROnPlateau
 
 
 def rewrite_optimizers(
-    model: nn.Module, optimizers: Sequence[Optimizer], schedulers: Iterable[Scheduler], *, paged_8bit: bool
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    schedulers: Iterable[Scheduler],
+    *,
+    paged_8bit: bool,
+    owners: Mapping[Tensor, nn.Module] | None = None,
 ) -> list[Optimizer]:
     """Return optimizers over exactly the trainable parameters of ``model``.
 
-    Frozen parameters are taken out of every group, whatever the class. With ``paged_8bit``, ``torch.optim.Adam`` and
+    Frozen parameters are taken out of every group, whatever the class. An adapter that is in no optimizer joins the
+    group that holds the weight of its layer, and so gets the learning rate and weight decay meant for that layer: this
+    is how an optimizer works that was built before the adapters were. With ``paged_8bit``, ``torch.optim.Adam`` and
     ``AdamW`` become bitsandbytes' paged 8-bit AdamW, and every scheduler goes on with the new one; optimizers of other
     classes are kept.
 
@@ -29,11 +36,13 @@ def rewrite_optimizers(
         optimizers: What ``configure_optimizers`` returned, not stepped yet.
         schedulers: The schedulers over them, changed in place.
         paged_8bit: Whether to swap Adam and AdamW.
+        owners: The adapted layer that each weight of the original model went into, by identity.
 
     Raises:
         OptimizerError: If an optimizer holds no trainable parameter, if a trainable one is in none, or if a swap would
             change what is computed.
     """
+    _add_adapters(model, optimizers, owners or {})
     _check_coverage(model, optimizers)
     for optimizer in optimizers:
         _drop_frozen(optimizer)
@@ -45,6 +54,35 @@ def rewrite_optimizers(
     return [swapped.get(optimizer, optimizer) for optimizer in optimizers]
 
 
+def check_references(owner: object, built: Sequence[Optimizer], used: Sequence[Optimizer]) -> None:
+    """See that a module which steps its optimizers by itself holds none that was replaced.
+
+    Raises:
+        OptimizerError: Naming the attribute; stepping that optimizer would change nothing.
+    """
+    replaced = {id(optimizer) for optimizer in built} - {id(optimizer) for optimizer in used}
+    for name, value in vars(owner).items():
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if id(item) in replaced:
+                raise OptimizerError(
+                    f"self.{name} is a {optimizer_name(item)} that the paged 8-bit AdamW has replaced, and stepping "
+                    f"it would change nothing. Take the optimizer from self.optimizers() in training_step. {FIX}"
+                )
+
+
+def _add_adapters(model: nn.Module, optimizers: Sequence[Optimizer], owners: Mapping[Tensor, nn.Module]) -> None:
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = {id(p) for group in groups for p in group["params"]}
+    for group in groups:
+        layers = [owners[p] for p in group["params"] if p in owners]
+        new = [p for layer in layers for p in layer.parameters() if p.requires_grad and id(p) not in held]
+        group["params"].extend(new)  # in place: LBFGS keeps the list itself
+        if "param_names" in group:
+            group["param_names"].extend(names[id(p)] for p in new)
+        held |= {id(p) for p in new}
+
+
 def _check_coverage(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     held: set[int] = set()
@@ -53,8 +91,7 @@ def _check_coverage(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         if not mine:
             raise OptimizerError(
                 f"optimizer {index} ({type(optimizer).__name__}) holds no adapter, so its steps would change nothing. "
-                "Build it from self.parameters() in configure_optimizers (frozen parameters are taken out for you), "
-                "not before the adapters exist"
+                "Build it from self.parameters() in configure_optimizers (frozen parameters are taken out for you)"
             )
         held |= mine
     missing = [name for key, name in trainable.items() if key not in held]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -40,3 +41,20 @@ class NF4Config:
         if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
             choices = ", ".join(map(str, COMPUTE_DTYPES))
             raise ValueError(f"compute_dtype must be None or one of {choices}, got {self.compute_dtype!r}")
+
+    @property
+    def storage(self) -> str:
+        """In a few words, as ``print(model)``, summaries and checkpoints say it: ``nf4/64 double-quantized``."""
+        return f"nf4/{self.block_size}" + (" double-quantized" if self.double_quant else "")
+
+    @classmethod
+    def from_storage(cls, words: str) -> NF4Config:
+        """The config that :attr:`storage` describes.
+
+        Raises:
+            ValueError: If it describes none.
+        """
+        found = re.fullmatch(r"nf4/(\d+)( double-quantized)?", words)
+        if found is None:
+            raise ValueError(f"{words!r} is no NF4 storage; one reads {cls().storage!r}")
+        return cls(block_size=int(found[1]), double_quant=found[2] is not None)

@@ -109,6 +109,17 @@ class NF4Linear(QuantizedLinear):
             source_dtype=source_dtype,
         )
 
+    def hold_as_parameters(self) -> None:
+        """Hold codes and constants as frozen parameters instead of buffers, under the same names.
+
+        FSDP2 shards parameters alone. Buffers are the default, because ``AdamW(self.parameters(), fused=True)`` refuses
+        integers.
+        """
+        for name in ("codes", "absmax", "nested_absmax", "offset"):
+            tensor = getattr(self, name)
+            delattr(self, name)
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., I)`` to ``(..., O)`` in the input's dtype, or in autocast's where that is on."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -148,7 +159,7 @@ class NF4Linear(QuantizedLinear):
     @property
     def storage(self) -> str:
         """``nf4``, with the block size and whether the maxima are quantized too."""
-        return f"nf4/{self.config.block_size}" + (" double-quantized" if self.config.double_quant else "")
+        return self.config.storage
 
     @property
     def merge_dtype(self) -> torch.dtype:

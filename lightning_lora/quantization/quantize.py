@@ -19,7 +19,13 @@ _DEFAULT = NF4Config()
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, config: NF4Config = _DEFAULT, *, device: torch.device | str | None = None) -> nn.Module:
+def quantize(
+    model: nn.Module,
+    config: NF4Config = _DEFAULT,
+    *,
+    device: torch.device | str | None = None,
+    hold: str = "buffers",
+) -> nn.Module:
     """Quantize the base layer under every adapted layer of ``model``, in place, and return the model.
 
     Everything is checked before the first layer is touched. Layers are quantized one at a time, each original being
@@ -31,12 +37,16 @@ def quantize(model: nn.Module, config: NF4Config = _DEFAULT, *, device: torch.de
         model: A model with adapters.
         config: How to store the weights.
         device: Where to quantize, and where the packed layers then are; None keeps each layer where it is.
+        hold: What packed weights are in their module: ``"buffers"``, or ``"parameters"``, which FSDP2 shards.
 
     Raises:
         AdapterError: If the model has no adapters.
         QuantizationError: If a weight is on the meta device or not finite, or if no layer can be quantized.
         UnsupportedError: If bitsandbytes is not installed.
+        ValueError: If ``hold`` is neither.
     """
+    if hold not in ("buffers", "parameters"):
+        raise ValueError(f"hold must be 'buffers' or 'parameters', got {hold!r}")
     layers = require_adapters(model)
     kept = check_quantizable(layers, device)
     dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear)}
@@ -45,7 +55,9 @@ def quantize(model: nn.Module, config: NF4Config = _DEFAULT, *, device: torch.de
     for layer in chosen.values():
         base = layer.base_layer
         assert isinstance(base, nn.Linear)
-        layer.base_layer = NF4Linear.from_linear(base if device is None else base.to(device), config)
+        layer.base_layer = quantized = NF4Linear.from_linear(base if device is None else base.to(device), config)
+        if hold == "parameters":
+            quantized.hold_as_parameters()
         if device is not None:
             layer.adapters.to(device)
     return model

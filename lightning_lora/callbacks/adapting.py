@@ -1,0 +1,178 @@
+"""Bringing a module to the state a run needs: adapted anew, as it was left by an earlier run, or unmerged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_lora.callbacks.finetune import FINETUNES, FineTune, Owners
+from lightning_lora.callbacks.processes import is_sharded, require_equal_bases
+from lightning_lora.callbacks.settings import Settings
+from lightning_lora.errors import AdapterError, TargetError, UnsupportedError, listing
+from lightning_lora.io.adapter_folder import load_adapter
+from lightning_lora.io.description import describe_loras, differences
+from lightning_lora.io.keys import canonical
+from lightning_lora.model.inject import apply
+from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.merge import is_finite
+from lightning_lora.model.summary import summary
+from lightning_lora.model.targets import Plan, resolve
+from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.quantization.quantize import check_quantizable, quantize
+
+
+def adapt(module: LightningModule, settings: Settings, *, device: torch.device, training: bool) -> FineTune:
+    """Adapt ``module``, or take it up where an earlier run left it; nothing is injected or quantized twice.
+
+    Args:
+        module: A module that stands: its layers are built and hold their weights.
+        settings: What it is to be.
+        device: Where it will run; layers are quantized there.
+        training: Whether it is going to be trained, and merged layers have to become adapted ones again.
+
+    Raises:
+        AdapterError: If it holds adapters that are not what the settings say.
+        TargetError: If the settings do not fit it.
+        QuantizationError: If its base cannot be quantized, or differs between processes.
+        UnsupportedError: If its weights are sharded already.
+    """
+    finetune = FINETUNES.get(module)
+    if finetune is not None and finetune.is_merged_in(module):
+        _require_same(module, settings, finetune, device)
+        if training:
+            rank_zero_info("LoRA: training goes on with the adapters of the last run")
+            finetune.unmerge(module)
+        return finetune
+    if adapted_layers(module):
+        if finetune is None or finetune.is_merged:
+            finetune = FineTune(module, _owners(module))
+        _require_same(module, settings, finetune, device)
+    else:
+        owners = _inject(module, settings, device)
+        finetune = FineTune(module, owners, settings.adapter)
+    if finetune is not FINETUNES.get(module):
+        FINETUNES[module] = finetune
+        _report(module)
+    return finetune
+
+
+def network(module: LightningModule) -> nn.Module:
+    """Return the module that an adapter folder names its layers in.
+
+    Where the LightningModule is a shell around one network, that network. It is the only child with parameters, if all
+    adapters lie inside it; then PEFT can load the folder into that network. Else it is the LightningModule.
+    """
+    children = [child for child in module.children() if next(child.parameters(), None) is not None]
+    own = next(module.parameters(recurse=False), None) is not None
+    shell = len(children) == 1 and not own and not isinstance(children[0], nn.Linear | LoRALinear)
+    return children[0] if shell else module
+
+
+def _inject(module: LightningModule, settings: Settings, device: torch.device) -> Owners:
+    where = None if device.type == "cpu" else device
+    if settings.adapter is not None:
+        load_adapter(network(module), settings.adapter)
+        if settings.quantization is not None:
+            require_equal_bases(_dense_weights(module))
+    else:
+        plan = resolve(module, settings.targets, settings.config, exclude=settings.exclude, train=settings.train)
+        _check_base(module, plan, settings, where)
+        apply(module, plan)
+        _tell("left as they are", plan.left)
+    owners = _owners(module)
+    if settings.quantization is not None:
+        _tell("not quantized", check_quantizable(adapted_layers(module), where))
+        quantize(module, settings.quantization, device=where)
+    return owners
+
+
+def _owners(module: nn.Module) -> Owners:
+    owners: Owners = WeakIdKeyDictionary()
+    layers = adapted_layers(module)
+    owners.update((weight, layers[path]) for path, weight in _dense_weights(module).items())
+    return owners
+
+
+def _dense_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The weights under the adapters that are not quantized, by the layer they belong to."""
+    bases = {path: layer.base_layer for path, layer in adapted_layers(module).items()}
+    return {path: base.weight for path, base in bases.items() if isinstance(base, nn.Linear)}
+
+
+def _check_base(module: LightningModule, plan: Plan, settings: Settings, device: torch.device | None) -> None:
+    """See that the base can be trained on, and quantized if it is to be, before anything is changed."""
+    layers = {name: module.get_submodule(name) for name in plan.layers}
+    weights = {name: layer.weight.detach() for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    sharded = [name for name, weight in weights.items() if is_sharded(weight)]
+    if sharded:
+        raise UnsupportedError(
+            f"{listing(sharded)} is sharded already, and the gradients of an adapter put there now would not be "
+            "reduced between processes. Call inject(self, ...) in configure_model, before fully_shard"
+        )
+    empty = [name for name, weight in weights.items() if weight.is_meta]
+    if empty:
+        raise TargetError(
+            f"{listing(empty)} is on the meta device and holds no weights to adapt. Load them in configure_model, "
+            "e.g. load_state_dict(..., assign=True)"
+        )
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not is_finite(weight):
+            raise TargetError(
+                f"the base weight of {name} holds NaN or infinity. Mend the base model, or exclude={name!r}"
+            )
+    if settings.quantization is not None:
+        check_quantizable(layers, device)
+        require_equal_bases(weights)
+
+
+def _require_same(module: LightningModule, settings: Settings, finetune: FineTune, device: torch.device) -> None:
+    """Take a module that was adapted before as it is, if it is what the settings would have made."""
+    if settings.adapter is not None:
+        if settings.adapter != finetune.adapter:
+            raise AdapterError(
+                f"the module holds adapters already, which adapter={str(settings.adapter)!r} would overwrite. Drop "
+                "that argument to go on with them, or start from the base model"
+            )
+        return
+    plan = resolve(module, settings.targets, settings.config, exclude=settings.exclude, train=settings.train)
+    configs = {canonical(name): config for name, config in plan.layers.items() if isinstance(config, LoRAConfig)}
+    whole = {id(p) for path in plan.train for p in module.get_submodule(path).parameters()}
+    trained = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in whole]
+    wanted = describe_loras(configs) | {"train": trained, "dropout": _dropouts(configs)}
+    found = finetune.description | {"train": finetune.trained, "dropout": _dropouts(finetune.configs)}
+    if settings.quantization is None:
+        wanted["quantization"] = "none"
+    elif finetune.dense - check_quantizable(finetune.layers, device).keys():
+        wanted["quantization"] = "nf4"
+    apart = differences(wanted, found)
+    if apart:
+        raise AdapterError(
+            f"the module holds adapters already, and the callback asks for others: {'; '.join(apart)} ('there' is "
+            "the callback, 'here' the module). Set the callback to the same values to go on with them. To start "
+            "anew on the trained weights, merge(module) if it is not merged yet, and fit copy.deepcopy(module)"
+        )
+
+
+def _report(module: LightningModule) -> None:
+    account = summary(module)
+    first = account.layers[0]
+    rank_zero_info(
+        f"LoRA: {first.method} on {len(account.layers)} linear layers (base {first.storage}), training "
+        f"{account.trainable:,} of {account.total:,} parameters ({100 * account.trainable / account.total:.2f}%), "
+        f"model {account.model_bytes / 2**20:.1f} MiB"
+    )
+
+
+def _tell(what: str, layers: Mapping[str, str]) -> None:
+    if layers:
+        rank_zero_info(f"LoRA: {what}: {listing(f'{name} ({reason})' for name, reason in layers.items())}")
+
+
+def _dropouts(configs: Mapping[str, LoRAConfig]) -> list[str]:
+    return sorted({f"{config.dropout:g}" for config in configs.values()})

@@ -1,0 +1,92 @@
+"""A LightningModule from a checkpoint of adapters, without a Trainer."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_lora.callbacks.checkpoints import KEY, complete_checkpoint
+from lightning_lora.callbacks.finetune import FINETUNES, FineTune
+from lightning_lora.callbacks.settings import METHODS
+from lightning_lora.errors import CheckpointError, listing
+from lightning_lora.io.description import Description
+from lightning_lora.io.keys import canonical
+from lightning_lora.model.inject import apply
+from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.targets import Plan
+from lightning_lora.quantization.config import NF4Config
+from lightning_lora.quantization.quantize import quantize
+
+Module = TypeVar("Module", bound=LightningModule)
+
+
+def load_from_checkpoint(kind: type[Module], path: str | Path, **arguments: Any) -> Module:
+    """Build a LightningModule and put the adapters of a checkpoint into it, over the base they were trained on.
+
+    ``Module.load_from_checkpoint`` expects every weight to be in the file; a checkpoint of adapters leaves those of the
+    base to the module. This builds the module in the same way (``save_hyperparameters``, ``configure_model`` and
+    ``on_load_checkpoint`` do their part), then adapts and quantizes it as it was in training and loads the file
+    strictly. The result is on the CPU and in evaluation mode; ``merge(module)`` turns it into plain layers.
+
+    Args:
+        kind: The LightningModule's class; it has to bring the base's weights.
+        path: A checkpoint written in a run with :class:`LoRACallback`.
+        arguments: Arguments of the module that are to be others than in the checkpoint, or are not in it.
+
+    Raises:
+        CheckpointError: If the file is no checkpoint of adapters, or does not fit the module.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if KEY not in checkpoint:
+        raise CheckpointError(
+            f"{path} was not written by LoRACallback; {kind.__name__}.load_from_checkpoint reads it if it holds the "
+            "whole model"
+        )
+    with warnings.catch_warnings():  # the keys it does not find are those of the base, and are checked below
+        warnings.filterwarnings("ignore", message="Found keys that are")
+        module = kind.load_from_checkpoint(path, map_location="cpu", strict=False, **arguments)
+    if not adapted_layers(module):
+        description = checkpoint[KEY]
+        apply(module, _plan(module, description))
+        storage = _storage(description)
+        if storage is not None:
+            quantize(module, storage)
+    finetune = FineTune(module, WeakIdKeyDictionary())
+    complete_checkpoint(checkpoint, finetune, module)
+    module.load_state_dict(checkpoint["state_dict"])
+    FINETUNES[module] = finetune
+    return module.eval()
+
+
+def _plan(module: LightningModule, description: Description) -> Plan:
+    live = {canonical(name): name for name, _ in module.named_modules()}
+    absent = [name for name in [*description["targets"], *description["train"]] if name not in live]
+    if absent:
+        raise CheckpointError(
+            f"the checkpoint adapts {listing(absent)}, which {type(module).__name__} does not have. Build it with the "
+            "arguments it was trained with"
+        )
+    layers = {
+        live[name]: METHODS[_of(description, "method", name)](
+            **{field: _of(description, field, name) for field in ("r", "alpha", "scaling")}
+        )
+        for name in description["targets"]
+    }
+    return Plan(layers=layers, train=tuple(live[name] for name in description["train"]))
+
+
+def _of(description: Description, field: str, layer: str) -> Any:
+    """A field of one layer: descriptions hold one value where all layers agree."""
+    value = description[field]
+    return value[layer] if isinstance(value, dict) else value
+
+
+def _storage(description: Description) -> NF4Config | None:
+    """How the base was stored; layers that could not be quantized then cannot be now."""
+    found = {_of(description, "quantization", name) for name in description["targets"]} - {"none"}
+    return NF4Config.from_storage(found.pop()) if found else None
