@@ -51,11 +51,11 @@ def adapt(module: LightningModule, settings: Settings, *, device: torch.device, 
         return finetune
     if adapted_layers(module):
         if finetune is None or finetune.is_merged:
-            finetune = FineTune(module, _owners(module))
+            finetune = FineTune(module)
         _require_same(module, settings, finetune, device)
     else:
         owners = _inject(module, settings, device)
-        finetune = FineTune(module, owners, settings.adapter)
+        finetune = FineTune(module, owners, adapter=settings.adapter)
     if finetune is not FINETUNES.get(module):
         FINETUNES[module] = finetune
         _report(module)

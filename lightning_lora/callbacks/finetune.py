@@ -30,7 +30,7 @@ class FineTune:
 
     Args:
         module: A module with adapters.
-        owners: The layers by the weights they had before.
+        owners: The layers by the weights they had before, for optimizers that were built before the adapters.
         adapter: The folder they were loaded from, if any.
 
     Attributes:
@@ -40,8 +40,10 @@ class FineTune:
         keys: Names, in the adapted module's state dict, of all that the fine-tune changes.
     """
 
-    def __init__(self, module: nn.Module, owners: Owners, adapter: str | PathLike[str] | None = None) -> None:
-        self.owners = owners
+    def __init__(
+        self, module: nn.Module, owners: Owners | None = None, *, adapter: str | PathLike[str] | None = None
+    ) -> None:
+        self.owners: Owners = {} if owners is None else owners
         self.adapter = adapter
         self.layers: dict[str, LoRALinear] = adapted_layers(module)
         self.description: Description = describe(module)

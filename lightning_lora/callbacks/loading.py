@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
-from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_lora.callbacks.checkpoints import KEY, complete_checkpoint
 from lightning_lora.callbacks.finetune import FINETUNES, FineTune
@@ -56,7 +55,7 @@ def load_from_checkpoint(kind: type[Module], path: str | Path, **arguments: Any)
         storage = _storage(description)
         if storage is not None:
             quantize(module, storage)
-    finetune = FineTune(module, WeakIdKeyDictionary())
+    finetune = FineTune(module)
     complete_checkpoint(checkpoint, finetune, module)
     module.load_state_dict(checkpoint["state_dict"])
     FINETUNES[module] = finetune
