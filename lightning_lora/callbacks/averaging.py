@@ -64,6 +64,18 @@ def check_norms(trainer: Trainer, module: LightningModule) -> None:
         )
 
 
+def set_averages_aside(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Keep a checkpoint's average from being loaded where nothing is averaged.
+
+    StochasticWeightAveraging copies the module in ``setup`` of every stage and loads its average into that copy. Before
+    a test the copy is of plain layers, and it is not used.
+    """
+    for averager in averagers(trainer):
+        state = checkpoint.get("callbacks", {}).get(averager.state_key)
+        if isinstance(averager, StochasticWeightAveraging) and state and averager._average_model is not None:
+            state["average_model_state"] = averager._average_model.state_dict()
+
+
 def weights_in(checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield every place of a checkpoint that holds a module's weights, as a dict and the key in it."""
     yield checkpoint, "state_dict"

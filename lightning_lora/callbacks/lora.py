@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.callbacks.adapting import adapt, network
-from lightning_lora.callbacks.averaging import averagers, check_averagers, check_norms
+from lightning_lora.callbacks.averaging import averagers, check_averagers, check_norms, set_averages_aside
 from lightning_lora.callbacks.checkpoints import KEY, check_optimizers, complete_checkpoint, reduce_checkpoint
 from lightning_lora.callbacks.compat import check_sharding, check_trainer
 from lightning_lora.callbacks.finetune import FINETUNES
@@ -249,7 +249,11 @@ class LoRACallback(Callback):
     def _arrange_loading(self, trainer: Trainer, module: LightningModule) -> None:
         strategy = trainer.strategy
         self._undo += [
-            wrap(strategy, "load_model_state_dict", before=lambda ckpt, *_, **__: self._before_load(module, ckpt)),
+            wrap(
+                strategy,
+                "load_model_state_dict",
+                before=lambda ckpt, *_, **__: self._before_load(trainer, module, ckpt),
+            ),
             wrap(
                 strategy,
                 "load_optimizer_state_dict",
@@ -288,12 +292,14 @@ class LoRACallback(Callback):
         for optimizer in strategy.optimizers:
             rank_zero_info(f"LoRA: {optimizer_report(optimizer)}")
 
-    def _before_load(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def _before_load(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         finetune = FINETUNES[module]
         if finetune.is_merged:
             finetune.unmerge(module)
             self._remerge = True
         complete_checkpoint(checkpoint, finetune, module)
+        if trainer.state.fn != "fit":
+            set_averages_aside(trainer, checkpoint)
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
