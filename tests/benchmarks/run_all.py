@@ -19,7 +19,13 @@ from report import Report
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-SCRIPTS = ("linear_step.py", "saved_activations.py", "injection.py", "quantization_memory.py")
+SCRIPTS = (
+    "linear_step.py",
+    "saved_activations.py",
+    "injection.py",
+    "quantization_memory.py",
+    "callback_overhead.py",
+)
 INTRODUCTION = """# Benchmarks on a CPU
 
 Written by `python tests/benchmarks/run_all.py`. Each section names the command that makes its figures again, from the
