@@ -6,7 +6,6 @@ that is done, in which order and with which checks, is the callback's.
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any
 
 import torch
@@ -17,23 +16,20 @@ from lightning.pytorch.strategies.strategy import Strategy
 from lightning_lora.callbacks.lora import LoRACallback
 from lightning_lora.errors import UnsupportedError
 
-_CALLBACK_ARGUMENTS = signature(LoRACallback).parameters
-
 
 class LoRAStrategy(SingleDeviceStrategy):
     """LoRA or QLoRA on one device, as a strategy: ``Trainer(strategy="qlora")`` or ``strategy=LoRAStrategy(r=8)``.
 
     Args:
-        settings: The arguments of :class:`LoRACallback`, and those of Lightning's ``SingleDeviceStrategy`` but for the
-            device, which the Trainer chooses by ``accelerator`` and ``devices``.
+        settings: The arguments of :class:`LoRACallback`. The device is the Trainer's (``accelerator``, ``devices``).
 
     Raises:
-        UnsupportedError: If the Trainer is given more than one device.
+        UnsupportedError: If the Trainer has more than one device.
     """
 
     def __init__(self, **settings: Any) -> None:
-        self.lora, rest = _split(settings)
-        super().__init__(**rest)
+        super().__init__()
+        self.lora = LoRACallback(**settings)
         self._devices: list[torch.device] = []
 
     @property
@@ -61,23 +57,18 @@ class LoRADDPStrategy(DDPStrategy):
     """LoRA or QLoRA on several devices, each holding the whole model; only gradients of adapters are exchanged.
 
     Args:
-        settings: The arguments of :class:`LoRACallback`, and those of Lightning's ``DDPStrategy``.
+        ddp: Arguments of Lightning's ``DDPStrategy``, e.g. ``{"find_unused_parameters": True}``.
+        settings: The arguments of :class:`LoRACallback`.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        self.lora, rest = _split(settings)
-        super().__init__(**rest)
+    def __init__(self, *, ddp: dict[str, Any] | None = None, **settings: Any) -> None:
+        super().__init__(**(ddp or {}))
+        self.lora = LoRACallback(**settings)
 
     def connect(self, model: LightningModule) -> None:
         """Bring the callback along with the model."""
         super().connect(model)
         _bring(self.lora, model)
-
-
-def _split(settings: dict[str, Any]) -> tuple[LoRACallback, dict[str, Any]]:
-    """The callback, and the arguments that are not its own."""
-    own = {name: value for name, value in settings.items() if name in _CALLBACK_ARGUMENTS}
-    return LoRACallback(**own), {name: value for name, value in settings.items() if name not in own}
 
 
 def _bring(lora: LoRACallback, model: LightningModule) -> None:
