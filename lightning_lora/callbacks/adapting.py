@@ -22,7 +22,9 @@ from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.merge import is_finite
 from lightning_lora.model.summary import summary
 from lightning_lora.model.targets import Plan, resolve
-from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
+from lightning_lora.nn.kinds import has_kind
 from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.quantization.quantize import check_quantizable, quantize
 
@@ -70,7 +72,8 @@ def network(module: LightningModule) -> nn.Module:
     """
     children = [child for child in module.children() if next(child.parameters(), None) is not None]
     own = next(module.parameters(recurse=False), None) is not None
-    shell = len(children) == 1 and not own and not isinstance(children[0], nn.Linear | LoRALinear)
+    layer = bool(children) and (isinstance(children[0], AdaptedLayer) or has_kind(children[0]))
+    shell = len(children) == 1 and not own and not layer
     return children[0] if shell else module
 
 
@@ -102,13 +105,17 @@ def _owners(module: nn.Module) -> Owners:
 def _dense_weights(module: nn.Module) -> dict[str, Tensor]:
     """The weights under the adapters that are not quantized, by the layer they belong to."""
     bases = {path: layer.base_layer for path, layer in adapted_layers(module).items()}
-    return {path: base.weight for path, base in bases.items() if isinstance(base, nn.Linear)}
+    return {path: stored_weight(base) for path, base in bases.items() if not isinstance(base, QuantizedLinear)}
 
 
 def _check_base(module: LightningModule, plan: Plan, settings: Settings, device: torch.device | None) -> None:
     """See that the base can be trained on, and quantized if it is to be, before anything is changed."""
     layers = {name: module.get_submodule(name) for name in plan.layers}
-    weights = {name: layer.weight.detach() for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    weights = {
+        name: stored_weight(layer).detach()
+        for name, layer in layers.items()
+        if not isinstance(layer, QuantizedLinear) and adopter_of(layer) is None
+    }
     sharded = [name for name, weight in weights.items() if is_sharded(weight)]
     if sharded:
         raise UnsupportedError(
@@ -163,7 +170,7 @@ def _report(module: LightningModule) -> None:
     account = summary(module)
     first = account.layers[0]
     rank_zero_info(
-        f"LoRA: {first.method} on {len(account.layers)} linear layers (base {first.storage}), training "
+        f"LoRA: {first.method} on {len(account.layers)} layers (base {first.storage}), training "
         f"{account.trainable:,} of {account.total:,} parameters ({100 * account.trainable / account.total:.2f}%), "
         f"model {account.model_bytes / 2**20:.1f} MiB"
     )

@@ -15,10 +15,11 @@ from lightning_lora.model.checksum import bit_sum
 from lightning_lora.model.layers import adapted_layers, replace
 from lightning_lora.model.merge import check_mergeable, merged
 from lightning_lora.model.parameters import adapter_state_keys, trained_outside_adapters
-from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.base import QuantizedLinear, stored_weight, weight_device
 from lightning_lora.nn.lora import LoRAConfig
 
-Owners = MutableMapping[Tensor, LoRALinear]
+Owners = MutableMapping[Tensor, AdaptedLayer]
 """The adapted layer that each weight of the original model went into, by identity and without keeping it alive."""
 
 
@@ -45,12 +46,12 @@ class FineTune:
     ) -> None:
         self.owners: Owners = {} if owners is None else owners
         self.adapter = adapter
-        self.layers: dict[str, LoRALinear] = adapted_layers(module)
+        self.layers: dict[str, AdaptedLayer] = adapted_layers(module)
         self.description: Description = describe(module)
         self.trained = trained_outside_adapters(module)
         self.keys = adapter_state_keys(module)
-        self._merged: dict[LoRALinear, nn.Linear] = {}
-        self._sums: dict[LoRALinear, int] = {}
+        self._merged: dict[AdaptedLayer, nn.Module] = {}
+        self._sums: dict[AdaptedLayer, int] = {}
 
     @property
     def configs(self) -> dict[str, LoRAConfig]:
@@ -61,7 +62,7 @@ class FineTune:
     @property
     def dense(self) -> set[str]:
         """Names of the adapted layers whose base is not quantized."""
-        return {path for path, layer in self.layers.items() if isinstance(layer.base_layer, nn.Linear)}
+        return {path for path, layer in self.layers.items() if not isinstance(layer.base_layer, QuantizedLinear)}
 
     @property
     def is_merged(self) -> bool:
@@ -81,30 +82,31 @@ class FineTune:
             MergeError: If a weight is not finite; the module is left as it is.
         """
         check_mergeable(self.layers)
-        plain: dict[LoRALinear, nn.Linear] = {}
+        plain: dict[AdaptedLayer, nn.Module] = {}
         try:
             for layer in self.layers.values():
                 plain[layer] = merged(layer)
                 layer.to("cpu")
         except BaseException:
             for layer, linear in plain.items():
-                layer.to(linear.weight.device)
+                layer.to(weight_device(linear))
             raise
         replace(module, plain)
         self._merged = plain
-        self._sums = {layer: bit_sum(linear.weight) for layer, linear in plain.items()}
+        self._sums = {layer: bit_sum(stored_weight(linear)) for layer, linear in plain.items()}
 
     def is_merged_in(self, module: nn.Module) -> bool:
         """Whether ``module`` holds the merged layers as they were made: not rebuilt, reloaded or trained since."""
         here = set(module.modules())
         return self.is_merged and all(
-            plain in here and bit_sum(plain.weight) == self._sums[layer] for layer, plain in self._merged.items()
+            plain in here and bit_sum(stored_weight(plain)) == self._sums[layer]
+            for layer, plain in self._merged.items()
         )
 
     def unmerge(self, module: nn.Module) -> None:
         """Put the adapted layers back."""
         for layer, plain in self._merged.items():
-            layer.to(plain.weight.device).train(plain.training)
+            layer.to(weight_device(plain)).train(plain.training)
         replace(module, {plain: layer for layer, plain in self._merged.items()})
         self._merged = {}
 

@@ -14,8 +14,9 @@ from lightning_lora.io.keys import PREFIX, canonical
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.targets import Plan
-from lightning_lora.nn.base import QuantizedLinear, why_not_linear
-from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.base import QuantizedLinear
+from lightning_lora.nn.kinds import why_not_adaptable
 from lightning_lora.nn.lora import LoRAConfig
 
 
@@ -33,7 +34,7 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
         raise AdapterError(f"{WEIGHTS} holds no adapter")
     absent = [path for path in file.adapters if path not in live]
     if absent:
-        here = [path for path in live if path and why_not_linear(model.get_submodule(live[path])) is None]
+        here = [path for path in live if path and why_not_adaptable(model.get_submodule(live[path])) is None]
         raise AdapterError(
             f"{len(absent)} of {len(file.adapters)} adapted layers are not in {type(model).__name__}: "
             f"{listing(absent, 3)}. Its linear layers are {listing(here, 3)}. Pass the module the adapter was trained "
@@ -75,7 +76,7 @@ def require_same(model: nn.Module, plan: Plan, name: str) -> None:
 
 
 def _is_adaptable(module: nn.Module) -> bool:
-    return isinstance(module, LoRALinear) or why_not_linear(module) is None
+    return isinstance(module, AdaptedLayer) or why_not_adaptable(module) is None
 
 
 def _check_shapes(
@@ -83,7 +84,7 @@ def _check_shapes(
 ) -> None:
     for path, config in configs.items():
         layer = model.get_submodule(live[path])
-        if not isinstance(layer, nn.Linear | QuantizedLinear | LoRALinear):
+        if not isinstance(layer, nn.Linear | QuantizedLinear | AdaptedLayer):
             raise AdapterError(f"{path} is a {type(layer).__name__} in this model, which is no linear layer")
         wanted = {"lora_A": (config.r, layer.in_features), "lora_B": (layer.out_features, config.r)}
         for tensor, shape in wanted.items():

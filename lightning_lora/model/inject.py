@@ -14,9 +14,10 @@ from lightning_lora.model.active import activate
 from lightning_lora.model.layers import adapted_layers, adapter_names, replace
 from lightning_lora.model.parameters import mark_trained
 from lightning_lora.model.targets import ALL_LINEAR, Plan, Targets, refuse_tied, resolve
+from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import Adapter, AdapterConfig
-from lightning_lora.nn.base import as_base, hand_over_hooks, weight_device, weight_dtype
-from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.base import hand_over_hooks, weight_device, weight_dtype
+from lightning_lora.nn.kinds import as_base
 from lightning_lora.nn.lora import LoRAConfig
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -106,15 +107,15 @@ def check_name(name: str) -> None:
         )
 
 
-def _host(path: str, layer: nn.Module) -> LoRALinear:
-    if isinstance(layer, LoRALinear):
+def _host(path: str, layer: nn.Module) -> AdaptedLayer:
+    if isinstance(layer, AdaptedLayer):
         return layer
     try:
-        return LoRALinear(as_base(layer))
+        return AdaptedLayer(as_base(layer))
     except (TypeError, LoRAError) as error:
         raise TargetError(f"{path} cannot be adapted: {error}") from None
 
 
-def _build(host: LoRALinear, config: AdapterConfig) -> Adapter:
+def _build(host: AdaptedLayer, config: AdapterConfig) -> Adapter:
     dtype = torch.promote_types(weight_dtype(host.base_layer), torch.float32)
     return config.build(host.base_layer, device=weight_device(host.base_layer), dtype=dtype).train(host.training)

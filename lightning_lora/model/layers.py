@@ -8,14 +8,14 @@ from typing import TypeVar
 from torch import nn
 
 from lightning_lora.errors import AdapterError, listing
-from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.adapted import AdaptedLayer
 
 Old = TypeVar("Old", bound=nn.Module)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Every adapted layer by its name in ``model``; one that stands in several places, by its first."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLayer)}
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
@@ -23,7 +23,7 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for layer in adapted_layers(model).values() for name in layer.adapters))
 
 
-def require_adapters(model: nn.Module, *names: str) -> dict[str, LoRALinear]:
+def require_adapters(model: nn.Module, *names: str) -> dict[str, AdaptedLayer]:
     """Return the adapted layers.
 
     Raises:

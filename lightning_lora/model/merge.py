@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from lightning_lora.errors import MergeError, listing
 from lightning_lora.model.layers import adapter_names, replace, require_adapters
 from lightning_lora.model.parameters import unmark_trained
+from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.base import dense_weight, share_hooks, weight_dtype, with_weight
-from lightning_lora.nn.linear import LoRALinear
 
 
 @torch.no_grad()
 def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every adapted layer by the plain ``nn.Linear`` that computes the same, in place, and return the model.
+    """Replace every adapted layer by the plain layer that computes the same, in place, and return the model.
 
     ``W' = W + s B A`` of the active adapters is summed in ``float32`` and rounded once. Over a quantized base ``W`` is
     the dequantized weight, the one that was trained on, and the result stays unquantized: quantizing again would round
@@ -42,7 +42,7 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 @torch.no_grad()
-def merged(layer: LoRALinear, *, dtype: torch.dtype | None = None) -> nn.Linear:
+def merged(layer: AdaptedLayer, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Return the plain layer that computes what ``layer`` computes; ``layer`` itself is left as it is."""
     with torch.autocast(layer.device.type, enabled=False):  # it would round B A to half precision
         weight = layer.merged_weight().to(dtype or weight_dtype(layer.base_layer))
@@ -52,7 +52,7 @@ def merged(layer: LoRALinear, *, dtype: torch.dtype | None = None) -> nn.Linear:
 
 
 @torch.no_grad()
-def check_mergeable(layers: Mapping[str, LoRALinear], *, dtype: torch.dtype | None = None) -> None:
+def check_mergeable(layers: Mapping[str, AdaptedLayer], *, dtype: torch.dtype | None = None) -> None:
     """Raise ``MergeError`` naming the layers whose base, or merged weight in ``dtype``, is not finite."""
     broken = []
     for name, layer in layers.items():

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lightning_lora.model.layers import adapted_layers
-from lightning_lora.nn.base import QuantizedLinear
-from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.base import QuantizedLinear, stored_weight
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,15 @@ def summary(model: nn.Module) -> Summary:
     )
 
 
-def _layer(name: str, layer: LoRALinear) -> LayerSummary:
+def _layer(name: str, layer: AdaptedLayer) -> LayerSummary:
     base = layer.base_layer
     return LayerSummary(
         name=name,
         method="+".join(layer.adapter(active).config.method for active in layer.active) or "none",
-        shape=(layer.out_features, layer.in_features),
-        storage=base.storage if isinstance(base, QuantizedLinear) else str(base.weight.dtype).removeprefix("torch."),
+        shape=(layer.kind.out_features, layer.kind.in_features),
+        storage=base.storage
+        if isinstance(base, QuantizedLinear)
+        else str(stored_weight(base).dtype).removeprefix("torch."),
         trainable=sum(p.numel() for p in layer.parameters() if p.requires_grad),
         base_bytes=_bytes(_tensors(base)),
         adapter_bytes=_bytes(_tensors(layer.adapters)),

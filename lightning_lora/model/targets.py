@@ -18,11 +18,13 @@ from torch import nn
 
 from lightning_lora.errors import TargetError, listing
 from lightning_lora.model.layers import adapted_layers
+from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
-from lightning_lora.nn.base import QuantizedLinear, why_not_linear
-from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.kinds import has_kind, is_linear, kind_of, why_not_adaptable
 
 ALL_LINEAR = "all-linear"
+
+_KIND, _KINDS = "linear layer, embedding or convolution", "linear layers, embeddings and convolutions"
 
 Targets = str | Iterable[str] | Mapping[str, AdapterConfig]
 
@@ -68,20 +70,20 @@ def resolve(
     Args:
         model: Any module.
         targets: ``"all-linear"`` (every linear layer but the output head), a pattern, several, or a mapping from
-            pattern to config in which later entries win.
+            pattern to config in which later entries win. Patterns reach embeddings and convolutions too.
         config: Config for targets that do not bring their own.
         exclude: Patterns of layers to pass over.
         train: Patterns of modules to train whole, as they are, beside the adapters.
 
     Raises:
-        TargetError: If a pattern matches nothing or no linear layer, if nothing is left to adapt, if a rank is above
-            what a layer can have.
+        TargetError: If a pattern matches nothing or no layer of a kind that can be adapted, if nothing is left to
+            adapt, if a rank is above what a layer can have.
     """
     wanted = _as_mapping(targets, config)
     exclude, train = _as_patterns(exclude, "exclude"), _as_patterns(train, "train")
-    candidates = _linear_layers(model)
-    linear = [name for name, reason in candidates.items() if reason is None]
-    if not linear and not any(candidates.values()):
+    candidates = _candidates(model)
+    linear = {name: reason for name, reason in candidates.items() if _is_linear(model.get_submodule(name))}
+    if not candidates or (not linear and ALL_LINEAR in wanted):
         raise TargetError(f"{type(model).__name__} has no linear layer to adapt; {_inventory(model)}")
     trained = _trained_modules(model, train)
     excluded = {
@@ -91,7 +93,7 @@ def resolve(
     layers: dict[str, AdapterConfig] = {}
     for pattern, its_config in wanted.items():
         if pattern == ALL_LINEAR:
-            left |= _passed_over(model, candidates, trained)
+            left |= _passed_over(model, linear, trained)
             found = [name for name in linear if name not in left]
         else:
             found = _matching(model, candidates, pattern, "target", candidates.get)
@@ -102,7 +104,7 @@ def resolve(
             [f"{name} ({why})" for name, why in left.items()] + [f"{name} (excluded)" for name in sorted(excluded)]
         )
         raise TargetError(f"nothing is left to adapt: {reasons}. Name a target outright, or exclude less")
-    ordered = {name: layers[name] for name in linear if name in layers}
+    ordered = {name: layers[name] for name in candidates if name in layers}
     _check_shapes(model, ordered)
     return Plan(layers=ordered, train=trained, left={name: why for name, why in left.items() if name not in ordered})
 
@@ -132,22 +134,26 @@ def _as_patterns(patterns: str | Iterable[str], what: str) -> tuple[str, ...]:
     return patterns
 
 
-def _linear_layers(model: nn.Module) -> dict[str, str | None]:
-    """Every linear layer by name, with the reason why it cannot be adapted, or None where it can."""
+def _candidates(model: nn.Module) -> dict[str, str | None]:
+    """Every layer of a known kind by name, with the reason why it cannot be adapted, or None where it can."""
     hosted = adapted_layers(model)
     found: dict[str, str | None] = dict.fromkeys(hosted)
     inside = tuple(f"{name}." for name in hosted)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | QuantizedLinear) and not (inside and name.startswith(inside)):
-            found[name] = why_not_linear(module)
+        if has_kind(module) and not (inside and name.startswith(inside)):
+            found[name] = why_not_adaptable(module)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return layer.kind.name == "linear" if isinstance(layer, AdaptedLayer) else is_linear(layer)
 
 
 def _matching(
     model: nn.Module, candidates: Mapping[str, str | None], pattern: str, what: str, reason: Callable[[str], str | None]
 ) -> list[str]:
-    """Names of the linear layers a pattern matches; an error if there is none, or none that ``reason`` accepts."""
+    """Names of the layers a pattern matches; an error if there is none, or none that ``reason`` accepts."""
     found = [name for name in candidates if matches(name, pattern)]
     good = [name for name in found if reason(name) is None]
     if good:
@@ -159,13 +165,13 @@ def _matching(
     ]
     if others:
         inner = f"{pattern}.*" if any(matches(name, f"{pattern}.*") for name in candidates) else None
-        hint = f"Pass {inner!r} for the linear layers inside" if inner else "Only linear layers can be adapted"
-        raise TargetError(f"{what} {pattern!r} matches no linear layer, only {listing(others)}. {hint}")
+        hint = f"Pass {inner!r} for the layers inside" if inner else f"Only {_KINDS} can be adapted"
+        raise TargetError(f"{what} {pattern!r} matches no {_KIND}, only {listing(others)}. {hint}")
     endings = sorted({name.rpartition(".")[2] for name in candidates})
     close = difflib.get_close_matches(pattern.rpartition(".")[2], endings, n=3, cutoff=0.5)
     hint = f"Closest: {', '.join(close)}. " if close else ""
     raise TargetError(
-        f"{what} {pattern!r} matches no linear layer. {hint}Linear layers here end in: {listing(endings, 12)}. Pass "
+        f"{what} {pattern!r} matches no {_KIND}. {hint}Such layers here end in: {listing(endings, 12)}. Pass "
         f"one of these, or a glob such as '*.{(close or endings)[0]}'"
     )
 
@@ -226,9 +232,8 @@ def _refuse_overlap(pattern: str, found: list[str], trained: tuple[str, ...]) ->
 def _check_shapes(model: nn.Module, layers: Mapping[str, AdapterConfig]) -> None:
     for name, config in layers.items():
         layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear | QuantizedLinear | LoRALinear)
         try:
-            config.check(layer.in_features, layer.out_features)
+            config.check(layer.kind if isinstance(layer, AdaptedLayer) else kind_of(layer))
         except ValueError as error:
             raise TargetError(f"{name}: {error}, or exclude={name!r}") from None
 

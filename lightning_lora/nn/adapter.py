@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.nn.base import BaseLayer
+from lightning_lora.nn.kind import Kind
 
 
 class Adapter(nn.Module, ABC):
@@ -23,20 +23,21 @@ class Adapter(nn.Module, ABC):
     """
 
     config: AdapterConfig
+    kind: Kind
 
     @abstractmethod
-    def forward(self, x: Tensor, y: Tensor, base_layer: BaseLayer) -> Tensor:
-        """Return the adapted output of shape ``(..., O)``.
+    def forward(self, x: Tensor, y: Tensor, base_layer: nn.Module) -> Tensor:
+        """Return the adapted output.
 
         Args:
-            x: The layer's input of shape ``(..., I)``.
-            y: The output so far of shape ``(..., O)``: the base layer's, or an earlier adapter's.
+            x: The layer's input.
+            y: The output so far: the base layer's, or an earlier adapter's.
             base_layer: The frozen layer below.
         """
 
     @abstractmethod
     def merged(self, weight: Tensor) -> Tensor:
-        """Return the weight ``(O, I)`` of the plain layer that computes what this adapter over ``weight`` does."""
+        """Return the weight of the plain layer that computes what this adapter over ``weight`` does."""
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -49,9 +50,9 @@ class AdapterConfig(ABC):
     method: ClassVar[str]
 
     @abstractmethod
-    def check(self, in_features: int, out_features: int) -> None:
-        """Raise ``ValueError`` if a layer of this shape cannot be adapted so."""
+    def check(self, kind: Kind) -> None:
+        """Raise ``ValueError`` if a layer of this kind and shape cannot be adapted so."""
 
     @abstractmethod
-    def build(self, base_layer: BaseLayer, *, device: torch.device, dtype: torch.dtype) -> Adapter:
+    def build(self, base_layer: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Adapter:
         """Make an adapter for ``base_layer`` with parameters of ``dtype`` on ``device``."""

@@ -1,7 +1,7 @@
-"""What may stand under an adapter: a plain ``nn.Linear``, or a frozen linear layer that stores its weight in few bits.
+"""What stands under an adapter: a layer of torch's, or a frozen linear layer that stores its weight in few bits.
 
-The contract of the second kind is declared here and implemented elsewhere, so that adapters, merging and counting never
-need to know how a weight is stored.
+The contract of the second is declared here and implemented elsewhere, so that adapters, merging and counting never need
+to know how a weight is stored.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 
 class QuantizedLinear(nn.Module, ABC):
@@ -50,13 +47,10 @@ class QuantizedLinear(nn.Module, ABC):
         """Return ``W`` of shape ``(O, I)`` in ``dtype``: exactly the weight that :meth:`forward` multiplies with."""
 
 
-BaseLayer = nn.Linear | QuantizedLinear
-"""What an adapter can be put on."""
-
 _HOOKS = tuple(key for key in vars(nn.Module()) if "hook" in key and "state_dict" not in key)
 """Where ``nn.Module`` keeps what runs around ``forward`` and ``backward``."""
 
-Adopter = Callable[[nn.Module], BaseLayer]
+Adopter = Callable[[nn.Module], QuantizedLinear]
 _adopters: dict[str, Adopter] = {}
 
 
@@ -65,78 +59,63 @@ def register_adopter(class_path: str, adopter: Adopter) -> None:
     _adopters[class_path] = adopter
 
 
-def as_base(layer: nn.Module) -> BaseLayer:
-    """Return ``layer`` as something an adapter can stand on, a foreign quantized layer with its codes as they are.
-
-    Raises:
-        TypeError: If the layer is none; the message says why.
-    """
-    if isinstance(layer, QuantizedLinear):
-        return layer
-    adopter = next((_adopters[p] for p in map(_class_path, type(layer).__mro__) if p in _adopters), None)
-    if adopter is not None:
-        return adopter(layer)
-    reason = why_not_linear(layer)
-    if reason is not None:
-        raise TypeError(reason)
-    assert isinstance(layer, nn.Linear)
-    return layer
+def adopter_of(layer: nn.Module) -> Adopter | None:
+    """Return what turns a foreign quantized layer into a base layer, if ``layer`` is one."""
+    return next((_adopters[path] for path in class_paths(layer) if path in _adopters), None)
 
 
-def why_not_linear(layer: nn.Module) -> str | None:
-    """Say why no adapter can stand on ``layer``, or return None where one can."""
-    if isinstance(layer, QuantizedLinear) or any(_class_path(c) in _adopters for c in type(layer).__mro__):
-        return None
-    name = type(layer).__name__
-    if not isinstance(layer, nn.Linear):
-        return f"{name} is no linear layer"
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
-        return "it belongs to nn.MultiheadAttention, which reads its weight without calling it"
-    if parametrize.is_parametrized(layer):
-        return "its weight is parametrized (torch.nn.utils.parametrize), so a merge could not write it back"
-    if type(layer).forward is not nn.Linear.forward:
-        return f"{name} overrides nn.Linear.forward, so x W^T + b may not be what it computes"
-    if "forward" in vars(layer):
-        return "its forward was replaced on the instance (by accelerate? remove_hook_from_module(model, recurse=True))"
-    if "weight" not in dict(layer.named_parameters(recurse=False)):
-        return "a hook computes its weight (weight_norm, spectral_norm, prune); remove that first"
-    if is_lazy(layer.weight):
-        return "it is lazy and has no shape yet; run the model once first"
-    return None
+def class_paths(layer: nn.Module) -> list[str]:
+    """Where the class of a layer and those it derives from are defined: they can be told without importing them."""
+    return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(layer).__mro__]
 
 
-def dense_weight(layer: BaseLayer, dtype: torch.dtype) -> Tensor:
-    """Return the layer's weight of shape ``(O, I)`` in ``dtype``, the live tensor where it has that already."""
+def stored_weight(layer: nn.Module) -> nn.Parameter:
+    """The weight of a layer that is not quantized, as the layer stores it."""
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Return the weight in ``dtype``, laid out as the layer has it; the live tensor where it has that dtype already."""
     if isinstance(layer, QuantizedLinear):
         return layer.dequantize(dtype)
-    return layer.weight.detach().to(dtype)
+    return stored_weight(layer).detach().to(dtype)
 
 
-def weight_device(layer: BaseLayer) -> torch.device:
+def weight_device(layer: nn.Module) -> torch.device:
     """Where the layer's weight is."""
-    return layer.device if isinstance(layer, QuantizedLinear) else layer.weight.device
+    return layer.device if isinstance(layer, QuantizedLinear) else stored_weight(layer).device
 
 
-def weight_dtype(layer: BaseLayer) -> torch.dtype:
+def weight_dtype(layer: nn.Module) -> torch.dtype:
     """The dtype a merged weight takes unless told otherwise: what it is stored in, or would be if not quantized."""
-    return layer.merge_dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype
+    return layer.merge_dtype if isinstance(layer, QuantizedLinear) else stored_weight(layer).dtype
 
 
-def with_weight(layer: BaseLayer, weight: Tensor) -> nn.Linear:
-    """Return a plain linear layer with ``weight`` and the bias of ``layer``, which is left untouched.
+def layer_bias(layer: nn.Module) -> nn.Parameter | None:
+    """The layer's bias of shape ``(O,)``, or None; embeddings have none."""
+    bias = dict(layer.named_parameters(recurse=False)).get("bias")
+    assert bias is None or isinstance(bias, nn.Parameter)
+    return bias
 
-    A dense layer's own class, hooks and mode are kept, so that whatever the user hung on it stays.
+
+def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """Return a plain layer with ``weight`` and the bias of ``layer``, which is left untouched.
+
+    A dense layer's own class, hooks and mode are kept, so that whatever the user hung on it stays; in the place of a
+    quantized one stands a ``nn.Linear``.
     """
+    plain: nn.Module
     if isinstance(layer, QuantizedLinear):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     else:
         plain = copy.copy(layer)
         plain._parameters = dict(layer._parameters)  # a shallow copy shares the dict; this one gets its own weight
     plain.weight = nn.Parameter(weight, requires_grad=False)
-    bias: nn.Parameter | None = layer.bias
+    bias = layer_bias(layer)
     if bias is not None:
-        bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=bias.requires_grad)
-    plain.register_parameter("bias", bias)
+        plain.register_parameter("bias", nn.Parameter(bias.detach().to(weight.dtype), requires_grad=bias.requires_grad))
     return plain.train(layer.training)
 
 
@@ -153,7 +132,3 @@ def hand_over_hooks(source: nn.Module, target: nn.Module) -> None:
     """Let ``target`` run the hooks of ``source``, which keeps none."""
     share_hooks(source, target)
     share_hooks(nn.Module(), source)
-
-
-def _class_path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

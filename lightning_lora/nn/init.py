@@ -22,4 +22,10 @@ def gaussian(lora_A: Tensor, lora_B: Tensor) -> None:
     nn.init.zeros_(lora_B)
 
 
+def zero_down(lora_A: Tensor, lora_B: Tensor) -> None:
+    """``A = 0``, ``B ~ N(0, 1)``: how the LoRA paper's code starts an embedding, whatever the other layers do."""
+    nn.init.zeros_(lora_A)
+    nn.init.normal_(lora_B)
+
+
 INITIALIZERS: dict[str, Initializer] = {"kaiming": kaiming, "gaussian": gaussian}

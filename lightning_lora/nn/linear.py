@@ -1,78 +1,40 @@
-"""The layer that takes a linear layer's place: the frozen base below, named adapters on top."""
+"""Linear layers: ``nn.Linear``, quantized ones, and Hugging Face's ``Conv1D``, which stores its weight transposed."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from dataclasses import dataclass
+from typing import ClassVar
 
-from lightning_lora.nn.adapter import Adapter
-from lightning_lora.nn.base import BaseLayer, dense_weight, weight_device, weight_dtype
+from torch import Tensor
+
+from lightning_lora.nn.functional import add_low_rank
+from lightning_lora.nn.kind import Kind
 
 
-class LoRALinear(nn.Module):
-    """A linear layer with adapters: ``y = base_layer(x)``, then each active adapter in turn.
+@dataclass(frozen=True)
+class LinearKind(Kind):
+    """``y = W x + b``.
 
     Attributes:
-        base_layer: The frozen layer.
-        adapters: Adapters by name.
-        active: Names of the adapters that compute, in order; empty means the plain base layer.
+        transposed: Whether the layer stores ``W^T`` of shape ``(I, O)``.
     """
 
-    def __init__(self, base_layer: BaseLayer) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
-        self.active: tuple[str, ...] = ()
-        self.train(base_layer.training)
+    name: ClassVar[str] = "linear"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(..., I)`` to ``(..., O)``."""
-        y: Tensor = self.base_layer(x)
-        for name in self.active:
-            y = self.adapters[name](x, y, self.base_layer)
-        return y
+    transposed: bool = False
 
-    def adapter(self, name: str) -> Adapter:
-        """Return the adapter called ``name``."""
-        adapter = self.adapters[name]
-        assert isinstance(adapter, Adapter)
-        return adapter
+    def add_low_rank(self, y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        """Return ``y + s (x A^T) B^T``."""
+        return add_low_rank(y, x, lora_A, lora_B, scaling)
 
-    def merged_weight(self) -> Tensor:
-        """Return the weight of shape ``(O, I)`` that computes what the active adapters compute, without dropout.
+    def along_outputs(self, vector: Tensor, y: Tensor) -> Tensor:
+        """The features of a linear layer are its last axis."""
+        return vector
 
-        Summed in ``float32`` at least, whatever the base is stored in, so that a small update is not lost to rounding.
-        """
-        weight = dense_weight(self.base_layer, torch.promote_types(weight_dtype(self.base_layer), torch.float32))
-        for name in self.active:
-            weight = self.adapter(name).merged(weight)
-        return weight
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """Turn the weight the right way round."""
+        return weight.t() if self.transposed else weight
 
-    @property
-    def weight(self) -> Tensor:
-        """The merged weight in the base's dtype, computed anew on each access.
-
-        Code that reads ``layer.weight`` instead of calling the layer (PyTorch's fused transformer encoder, weight
-        tying, dtype checks) therefore sees the adapted function, with gradients to the adapters.
-        """
-        return self.merged_weight().to(weight_dtype(self.base_layer))
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The base layer's bias of shape ``(O,)``, or None."""
-        return self.base_layer.bias
-
-    @property
-    def in_features(self) -> int:
-        """``I`` of the base layer."""
-        return self.base_layer.in_features
-
-    @property
-    def out_features(self) -> int:
-        """``O`` of the base layer."""
-        return self.base_layer.out_features
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base weight is."""
-        return weight_device(self.base_layer)
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """Turn it back."""
+        return matrix.t().contiguous() if self.transposed else matrix

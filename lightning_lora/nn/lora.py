@@ -10,12 +10,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_lora.nn.adapter import Adapter, AdapterConfig
-from lightning_lora.nn.base import BaseLayer
-from lightning_lora.nn.functional import add_low_rank, delta
-from lightning_lora.nn.init import INITIALIZERS
+from lightning_lora.nn.functional import delta
+from lightning_lora.nn.init import INITIALIZERS, zero_down
+from lightning_lora.nn.kind import Kind
+from lightning_lora.nn.kinds import kind_of
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "standard": lambda alpha, r: alpha / r,
@@ -79,53 +79,55 @@ class LoRAConfig(AdapterConfig):
         """The factor ``s`` in front of ``B A``."""
         return SCALINGS[self.scaling](self.alpha, self.r)
 
-    def check(self, in_features: int, out_features: int) -> None:
-        """Raise ``ValueError`` if the rank is more than such a layer can have."""
-        most = min(in_features, out_features)
+    def check(self, kind: Kind) -> None:
+        """Raise ``ValueError`` if the rank is more than such a layer can have, or it cannot drop out."""
+        most = min(kind.in_features, kind.out_features)
         if self.r > most:
             raise ValueError(
-                f"r={self.r} is more than the full rank {most} of a layer {in_features} -> {out_features}; use r <= "
-                f"{most}"
+                f"r={self.r} is more than the full rank {most} of a layer {kind.in_features} -> {kind.out_features}; "
+                f"use r <= {most}"
             )
+        if self.dropout and kind.name == "embedding":
+            raise ValueError("an embedding's input is tokens, which dropout cannot zero; use dropout=0 there")
 
-    def build(self, base_layer: BaseLayer, *, device: torch.device, dtype: torch.dtype) -> LoRA:
+    def build(self, base_layer: nn.Module, *, device: torch.device, dtype: torch.dtype) -> LoRA:
         """Make a fresh :class:`LoRA` for ``base_layer``."""
-        return LoRA(self, base_layer.in_features, base_layer.out_features, device=device, dtype=dtype)
+        return LoRA(self, kind_of(base_layer), device=device, dtype=dtype)
 
 
 class LoRA(Adapter):
-    """One LoRA on one layer: ``y' = y + s (D(x) A^T) B^T``.
+    """One LoRA on one layer: ``y' = y + s B A phi(D(x))``, on a linear layer ``y + s (D(x) A^T) B^T``.
 
     Attributes:
-        lora_A: Down projection of shape ``(R, I)``, random at the start.
-        lora_B: Up projection of shape ``(O, R)``, zero at the start.
+        lora_A: Down projection of shape ``(R, I)``, random at the start (over an embedding zero).
+        lora_B: Up projection of shape ``(O, R)``, zero at the start (over an embedding random).
     """
 
     config: LoRAConfig
 
-    def __init__(
-        self, config: LoRAConfig, in_features: int, out_features: int, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: LoRAConfig, kind: Kind, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
-        self.lora_A = nn.Parameter(torch.empty(config.r, in_features, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(out_features, config.r, device=device, dtype=dtype))
+        self.kind = kind
+        self.lora_A = nn.Parameter(torch.empty(config.r, kind.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(kind.out_features, config.r, device=device, dtype=dtype))
         self.reset_parameters()
 
-    def forward(self, x: Tensor, y: Tensor, base_layer: BaseLayer) -> Tensor:
-        """Map input ``(..., I)`` and base output ``(..., O)`` to the adapted output ``(..., O)``."""
+    def forward(self, x: Tensor, y: Tensor, base_layer: nn.Module) -> Tensor:
+        """Map input and base output to the adapted output."""
         if self.training and self.config.dropout > 0:
-            x = F.dropout(x, self.config.dropout)
-        return add_low_rank(y, x, self.lora_A, self.lora_B, self.config.scale)
+            x = self.kind.drop(x, self.config.dropout)
+        return self.kind.add_low_rank(y, x, self.lora_A, self.lora_B, self.config.scale)
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return ``W + s B A`` in ``weight``'s dtype."""
-        return weight + delta(self.lora_A, self.lora_B, self.config.scale, weight.dtype)
+        return weight + self.kind.from_matrix(delta(self.lora_A, self.lora_B, self.config.scale, weight.dtype))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw ``A`` and zero ``B``."""
-        INITIALIZERS[self.config.init](self.lora_A, self.lora_B)
+        """Draw one factor and zero the other."""
+        start = zero_down if self.kind.zero_factor == "lora_A" else INITIALIZERS[self.config.init]
+        start(self.lora_A, self.lora_B)
 
     def extra_repr(self) -> str:
         """The hyperparameters, for ``print(model)``."""

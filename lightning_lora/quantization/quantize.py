@@ -11,7 +11,8 @@ from lightning_lora import dependencies
 from lightning_lora.errors import QuantizationError, listing
 from lightning_lora.model.layers import require_adapters
 from lightning_lora.model.merge import is_finite
-from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.base import QuantizedLinear, adopter_of
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.nf4 import NF4Linear
 
@@ -77,8 +78,11 @@ def check_quantizable(layers: Mapping[str, nn.Module], device: torch.device | st
     dependencies.bitsandbytes("quantization='nf4'")
     kept = {}
     for name, layer in layers.items():
-        base = layer.base_layer if isinstance(layer, LoRALinear) else layer
+        base = layer.base_layer if isinstance(layer, AdaptedLayer) else layer
+        if isinstance(base, QuantizedLinear) or adopter_of(base) is not None:
+            continue
         if not isinstance(base, nn.Linear):
+            kept[name] = f"NF4 holds linear layers, and this is a {type(base).__name__}"
             continue
         where = torch.device(device) if device is not None else base.weight.device
         if where.type not in ("cpu", "cuda"):
@@ -93,7 +97,7 @@ def check_quantizable(layers: Mapping[str, nn.Module], device: torch.device | st
     return kept
 
 
-def _check_weights(layers: Mapping[str, LoRALinear]) -> None:
+def _check_weights(layers: Mapping[str, AdaptedLayer]) -> None:
     for name, layer in layers.items():
         weight = layer.base_layer.weight
         assert isinstance(weight, torch.Tensor)

@@ -28,8 +28,8 @@ from report import Cell, Claim, Report, command, run
 from timing import interleaved, median_ratio
 from torch import Tensor, nn
 
+from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.base import dense_weight
-from lightning_lora.nn.linear import LoRALinear
 
 LAYER = "q_proj"
 CASES = [Case(base, dropout) for base in ("bf16", "fp32", "nf4") for dropout in (0.0, 0.05)]
@@ -88,7 +88,7 @@ def time_case(case: Case, rounds: int) -> dict[str, list[float]]:
 
 def frozen(adapted: Adapted, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     """Return the layer under our adapter and the weight that it multiplies with."""
-    assert isinstance(adapted.layer, LoRALinear)
+    assert isinstance(adapted.layer, AdaptedLayer)
     return adapted.layer.base_layer, dense_weight(adapted.layer.base_layer, dtype)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_lora import AdapterError, LoRAConfig, inject, load_adapter, quantize, save_adapter
 from lightning_lora.model.layers import adapted_layers
-from lightning_lora.nn.linear import LoRALinear
+from lightning_lora.nn.adapted import AdaptedLayer
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -410,7 +410,7 @@ def test_what_we_cannot_compute_is_refused_by_name(settings, word, tmp_path):
     loaded = case.base()
     with pytest.raises(AdapterError, match=word):
         load_adapter(loaded, tmp_path)
-    assert not any(isinstance(module, LoRALinear) for module in loaded.modules())
+    assert not any(isinstance(module, AdaptedLayer) for module in loaded.modules())
 
 
 def test_another_method_of_peft_is_refused_by_name(tmp_path):

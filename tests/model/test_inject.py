@@ -78,7 +78,7 @@ def test_adapters_are_switched_disabled_and_deleted_exactly(net, tokens):
     assert torch.equal(activate(delete_adapter(net, "default"), "second")(tokens), second)
     delete_adapter(net, "second")
     assert torch.equal(net(tokens), base)
-    assert not [m for m in net.modules() if type(m).__name__ == "LoRALinear"]
+    assert not [m for m in net.modules() if type(m).__name__ == "AdaptedLayer"]
 
 
 def test_unknown_adapters_are_named_with_those_there_are(net):

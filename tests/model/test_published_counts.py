@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_lora import AdapterError, LoRAConfig, NF4Config, inject, merge, quantize, save_adapter, summary
 from lightning_lora.nn.adapter import Adapter, AdapterConfig
-from lightning_lora.nn.base import BaseLayer
+from lightning_lora.nn.kind import Kind
 
 transformers = pytest.importorskip("transformers")
 
@@ -195,11 +195,11 @@ class VeRAConfig(AdapterConfig):
     d_initial: float = 0.1
     seed: int = 0
 
-    def check(self, in_features: int, out_features: int) -> None:
+    def check(self, kind: Kind) -> None:
         if self.r < 1:
             raise ValueError(f"r must be at least 1, got {self.r}")
 
-    def build(self, base_layer: BaseLayer, *, device: torch.device, dtype: torch.dtype) -> VeRA:
+    def build(self, base_layer: nn.Module, *, device: torch.device, dtype: torch.dtype) -> VeRA:
         return VeRA(self, base_layer.in_features, base_layer.out_features, device=device, dtype=dtype)
 
 
@@ -221,7 +221,7 @@ class VeRA(Adapter):
         self.b = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         self.reset_parameters()
 
-    def forward(self, x: Tensor, y: Tensor, base_layer: BaseLayer) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base_layer: nn.Module) -> Tensor:
         return y + self.b * (self.d * (x @ self.A.t()) @ self.B.t())
 
     def merged(self, weight: Tensor) -> Tensor:

@@ -87,10 +87,13 @@ def test_exclude_and_train_take_layers_out(net):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"targets": "k_proj"}, r"'k_proj' matches no linear layer. Closest: q_proj.*end in: .*up_proj.*Pass one"),
-        ({"targets": ["q_proj", "qproj"]}, r"target 'qproj' matches no linear layer. Closest: q_proj"),
-        ({"targets": "embed"}, r"only embed \(Embedding\). Only linear layers can be adapted"),
-        ({"targets": "blocks.0"}, r"only blocks.0 \(ModuleDict\). Pass 'blocks.0.\*' for the linear layers inside"),
+        (
+            {"targets": "k_proj"},
+            r"'k_proj' matches no linear layer, embedding or convolution. Closest: q_proj.*end in: .*up_proj.*Pass one",
+        ),
+        ({"targets": ["q_proj", "qproj"]}, r"target 'qproj' matches no linear layer.*Closest: q_proj"),
+        ({"targets": "norm"}, r"only norm \(LayerNorm\). Only linear layers, embeddings and convolutions can be"),
+        ({"targets": "blocks.0"}, r"only blocks.0 \(ModuleDict\). Pass 'blocks.0.\*' for the layers inside"),
         ({"exclude": "nope"}, r"exclude 'nope' matches no linear layer"),
         ({"train": "haed"}, r"train 'haed' matches no module. Closest: head"),
         ({"targets": "head", "train": "head"}, r"'head' matches head, but train='head' trains that layer whole"),
@@ -149,7 +152,7 @@ def test_layers_whose_function_may_not_be_linear_are_left_alone():
     plan = resolve(model, "all-linear", CONFIG)
     assert list(plan.layers) == ["plain"]
     assert set(plan.left) == {"attention.out_proj", "clamped", "normed", "head"}
-    with pytest.raises(TargetError, match=r"clamped, which cannot be adapted: Clamped overrides nn.Linear.forward"):
+    with pytest.raises(TargetError, match=r"clamped, which cannot be adapted: Clamped overrides Linear.forward"):
         resolve(model, "clamped", CONFIG)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject
+from lightning_lora.nn.linear import LinearKind
 from lightning_lora.nn.lora import LoRA
 from tests.conftest import randomize
 
@@ -58,7 +59,7 @@ def test_training_starts_at_the_base_model_bit_for_bit(init, scaling):
 
 @pytest.mark.parametrize(("init", "std"), [("kaiming", 1 / math.sqrt(3 * 4096)), ("gaussian", 1 / 16)])
 def test_initial_values_have_the_published_spread(init, std):
-    adapter = LoRA(LoRAConfig(r=16, init=init), 4096, 64, device=torch.device("cpu"), dtype=torch.float32)
+    adapter = LoRA(LoRAConfig(r=16, init=init), LinearKind(4096, 64), device=torch.device("cpu"), dtype=torch.float32)
     assert adapter.lora_A.std().item() == pytest.approx(std, rel=0.05)  # 65,536 draws: the sample deviates by 0.3%
     assert not adapter.lora_B.any()
     if init == "kaiming":

@@ -1,0 +1,60 @@
+"""The contract between methods and kinds of layers, so that M methods and K kinds are M + K files.
+
+To a method every weight is a matrix ``W`` of shape ``(O, I)``, applied to features of the input: ``y = W phi(x) + b``.
+For a linear layer ``phi`` is the identity, for a convolution it takes patches, for an embedding it is the one-hot
+vector of a token. A kind says how to do that without ever forming ``phi(x)``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Kind(ABC):
+    """How one layer applies its weight: a frozen value, made from the layer once.
+
+    Attributes:
+        in_features: ``I``.
+        out_features: ``O``.
+    """
+
+    name: ClassVar[str]
+    zero_factor: ClassVar[str] = "lora_B"
+    """Which factor starts at zero. The other one is random."""
+
+    in_features: int
+    out_features: int
+
+    @abstractmethod
+    def add_low_rank(self, y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        """Return ``y + s B A phi(x)`` without forming ``B A``.
+
+        Args:
+            y: The layer's output so far.
+            x: The layer's input.
+            lora_A: Of shape ``(R, I)``; cast to ``y``'s dtype.
+            lora_B: Of shape ``(O, R)``; cast to ``y``'s dtype.
+            scaling: The factor ``s``.
+        """
+
+    @abstractmethod
+    def along_outputs(self, vector: Tensor, y: Tensor) -> Tensor:
+        """Shape a vector of ``O`` elements so that it broadcasts over an output ``y``."""
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        """Zero elements of the input with probability ``p``, and scale the rest up."""
+        return F.dropout(x, p)
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """Return a weight as the layer stores it as the matrix ``(O, I)``."""
+        return weight
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """Inverse of :meth:`to_matrix`."""
+        return matrix
