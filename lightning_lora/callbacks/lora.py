@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from os import PathLike
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -94,8 +94,8 @@ class LoRACallback(Callback):
         quantization: str | NF4Config | None = "nf4",
         optimizer: str | None = "paged_adamw_8bit",
         merge: bool = True,
-        output_dir: str | PathLike[str] | None = None,
-        adapter: str | PathLike[str] | None = None,
+        output_dir: str | Path | None = None,
+        adapter: str | Path | None = None,
     ) -> None:
         super().__init__()
         check_choice("method", method, METHODS)
