@@ -20,6 +20,7 @@ BELOW = {
 }
 ONLY_IN = {
     "lightning": {"callbacks", "cli"},
+    "jsonargparse": {"cli"},
     "bitsandbytes": set(),  # only by dependencies.bitsandbytes(), at run time
     "transformers": {"cli"},
     "matplotlib": {"cli"},
