@@ -1,5 +1,6 @@
 """Runs from YAML: the same as from Python, the same again from the saved file, and refused where a key is misspelt."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
+from safetensors.torch import load_file
 
 from lightning_lora import LoRACallback, LoRACLI, NF4Config
 from lightning_lora.cli.main import main
@@ -338,3 +340,34 @@ def test_the_command_finds_models_in_the_current_folder_and_a_sigterm_is_no_succ
     command = [sys.executable, "-c", code, "fit", "--config", path]
     said = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert said.returncode == 128 + signal.SIGTERM, said.stderr
+
+
+@pytest.mark.parametrize("recipe", ["qlora", "lora_ddp"])
+def test_the_recipes_parse(monkeypatch, capsys, recipe):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", f"examples/configs/{recipe}.yaml", "--print_config"])
+    assert stop.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["lora"]["r"] == 8
+
+
+def test_the_qlora_recipe_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    quick = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", "--config", "examples/configs/qlora.yaml", *quick]) == 0
+    assert not Path("qlora_out").exists()
+
+
+def test_the_qlora_recipe_learns_a_text_of_the_users(monkeypatch, tmp_path):
+    (tmp_path / "notes.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    monkeypatch.chdir(ROOT)
+    out = ["--lora.output_dir", str(tmp_path / "out"), "--trainer.logger.save_dir", str(tmp_path / "out")]
+    quick = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.max_epochs=2"]
+    path = ["--data.path", str(tmp_path / "notes.txt")]
+    assert main(["fit", "--config", "examples/configs/qlora.yaml", *out, *quick, *path]) == 0
+    (metrics,) = (tmp_path / "out").rglob("metrics.csv")
+    head, *rows = (line.split(",") for line in metrics.read_text().splitlines())
+    held_out = [float(row[head.index("val_bits_per_byte")]) for row in rows if row[head.index("val_bits_per_byte")]]
+    assert held_out[-1] < held_out[0]
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 8
+    assert not any("adapters" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
