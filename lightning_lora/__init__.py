@@ -1,5 +1,7 @@
 """LoRA and QLoRA for PyTorch Lightning: one callback turns any LightningModule into a fine-tune."""
 
+from typing import TYPE_CHECKING, Any
+
 from lightning_lora.callbacks.loading import load_from_checkpoint
 from lightning_lora.callbacks.lora import LoRACallback
 from lightning_lora.errors import (
@@ -26,10 +28,14 @@ from lightning_lora.quantization.quantize import quantize
 from lightning_lora.strategies.lora import LoRADDPStrategy, LoRAStrategy
 from lightning_lora.version import __version__
 
+if TYPE_CHECKING:
+    from lightning_lora.cli.lightning_cli import LoRACLI
+
 __all__ = [
     "AdapterError",
     "CheckpointError",
     "GradientError",
+    "LoRACLI",
     "LoRACallback",
     "LoRAConfig",
     "LoRADDPStrategy",
@@ -55,3 +61,12 @@ __all__ = [
     "save_adapter",
     "summary",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``LoRACLI`` when it is asked for: its import loads jsonargparse and sets how that reads files."""
+    if name == "LoRACLI":
+        from lightning_lora.cli.lightning_cli import LoRACLI
+
+        return LoRACLI
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

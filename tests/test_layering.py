@@ -21,6 +21,7 @@ BELOW = {
 }
 ONLY_IN = {
     "lightning": {"callbacks", "strategies", "cli"},
+    "jsonargparse": {"cli"},
     "bitsandbytes": set(),  # only by dependencies.bitsandbytes(), at run time
     "transformers": {"cli"},
     "matplotlib": {"cli"},

@@ -1,8 +1,11 @@
 """The public names are a promise, and importing them costs and needs little."""
 
 import ast
+import os
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import lightning_lora
 
@@ -10,6 +13,7 @@ NAMES = {
     "AdapterError",
     "CheckpointError",
     "GradientError",
+    "LoRACLI",
     "LoRACallback",
     "LoRAConfig",
     "LoRADDPStrategy",
@@ -50,8 +54,9 @@ for name in [name for name in sys.modules if name.partition(".")[0] in OPTIONAL]
 """
 
 
-def python(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def python(code: str, *options: str, **environment: str) -> str:
+    command = [sys.executable, *options, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -61,13 +66,15 @@ def test_every_promised_name_is_there_and_no_other():
     assert all(hasattr(lightning_lora, name) for name in NAMES)
 
 
-def test_import_loads_neither_bitsandbytes_nor_transformers_nor_matplotlib():
+def test_import_loads_neither_bitsandbytes_nor_transformers_nor_matplotlib_nor_jsonargparse():
     """Beyond what Lightning loads itself: its torchmetrics imports some of them wherever they are installed."""
     added = python(
         "import sys, lightning.pytorch; before = set(sys.modules); import lightning_lora\n"
         "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
     )
-    assert not {"bitsandbytes", "transformers", "matplotlib", "peft", "rich"} & set(ast.literal_eval(added))
+    assert not {"bitsandbytes", "transformers", "matplotlib", "peft", "rich", "jsonargparse"} & set(
+        ast.literal_eval(added)
+    )
 
 
 def test_plain_lora_on_a_hand_written_module_needs_none_of_the_optional_packages():
@@ -95,3 +102,32 @@ except ll.UnsupportedError as error:
     said = python(code)
     assert "quantization='nf4' needs bitsandbytes" in said
     assert "pip install" in said
+
+
+def test_without_jsonargparse_only_runs_from_yaml_are_missing(tmp_path):
+    """It is really absent: the environment's packages but for it, where Lightning looks for files and versions."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not entry.name.startswith("jsonargparse"):
+            (packages / entry.name).symlink_to(entry)
+    said = python(
+        """
+from lightning_lora import *
+from lightning_lora.cli.main import main
+import sys
+try:
+    LoRACLI(args=["fit"])
+except UnsupportedError as error:
+    print(error)
+sys.stderr = sys.stdout
+print(main(["fit", "--config", "run.yaml"]))
+""",
+        "-S",
+        PYTHONPATH=f"{Path(__file__).parents[1]}{os.pathsep}{packages}",
+    )
+    told, again, hint, code = said.splitlines()
+    assert told == 'a run from YAML needs jsonargparse: pip install "lightning-lora[cli]"'
+    assert again == f"lightning-lora fit: {told}"
+    assert hint == "(--debug shows where)"
+    assert code == "1"

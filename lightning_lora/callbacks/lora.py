@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -104,8 +104,8 @@ class LoRACallback(Callback):
         quantization: str | NF4Config | None = "nf4",
         optimizer: str | None = "paged_adamw_8bit",
         merge: bool = True,
-        output_dir: str | PathLike[str] | None = None,
-        adapter: str | PathLike[str] | None = None,
+        output_dir: str | Path | None = None,
+        adapter: str | Path | None = None,
     ) -> None:
         super().__init__()
         check_choice("method", method, METHODS)

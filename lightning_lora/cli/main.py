@@ -12,13 +12,27 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_lora.errors import LoRAError
+
+RUNS = {
+    "fit": "fine-tune a model of yours that a YAML file names, and merge the adapters into it",
+    "validate": "validate it, with the adapters of a checkpoint (--ckpt_path)",
+    "test": "test it, with the adapters of a checkpoint (--ckpt_path)",
+    "predict": "let it predict, with the adapters of a checkpoint (--ckpt_path)",
+}
+"""The subcommands that ``LoRACLI`` parses, each in a line."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return the exit code: 0, or 1 after an error that was told in a few lines."""
+    """Run a subcommand and return the exit code.
+
+    Returns:
+        0, or after an error, told in a few lines, 2 if it lay in the arguments, else 1.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a pipe may speak ASCII; progress bars do not
-    options = _parser().parse_args(arguments)
+    options = _options(list(sys.argv[1:] if arguments is None else arguments))
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
@@ -27,20 +41,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             traceback.print_exc()
         else:
-            print(f"lightning-lora {options.command}: {error}\n(--debug shows where)", file=sys.stderr)
-        return 1
+            print(f"lightning-lora {options.command}: {_told(error, options.command)}", file=sys.stderr)
+        return 2 if isinstance(error, argparse.ArgumentError) else 1
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    if arguments and arguments[0] in RUNS:
+        given = [argument for argument in arguments if argument != "--debug"]
+        return argparse.Namespace(command=given[0], run=_run, given=given, debug=given != arguments)
+    return _parser().parse_args(arguments)
+
+
+def _told(error: Exception, command: str) -> str:
+    if isinstance(error, argparse.ArgumentError):
+        return f"{error}\n(lightning-lora {command} --help lists all options)"
+    kind = "" if isinstance(error, LoRAError | ValueError | OSError) else f"{type(error).__name__}: "
+    return f"{kind}{error}\n(--debug shows where)"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-lora",
         description="LoRA and QLoRA for PyTorch Lightning. Start with: lightning-lora demo",
+        epilog="fit, validate, test and predict take their settings from YAML: lightning-lora fit --config run.yaml",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_demo(commands, shared)
+    for name, text in RUNS.items():
+        commands.add_parser(name, help=text, add_help=False)  # for this help alone
     doctor = commands.add_parser(
         "doctor",
         parents=[shared],
@@ -114,6 +145,12 @@ def _demo(options: argparse.Namespace) -> int:
         chosen = task.byte_task(base, options.data)
     run.run(chosen, options.out, steps=options.steps, r=options.r)
     return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from lightning_lora.cli import runs
+
+    return runs.run(options.given, RUNS)
 
 
 def _doctor(options: argparse.Namespace) -> int:
