@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -14,11 +14,14 @@ from lightning_lora.io import adapter_file, peft
 from lightning_lora.io.adapter_file import AdapterFile
 from lightning_lora.io.description import describe
 from lightning_lora.io.fitting import plan_for, require_same
-from lightning_lora.io.keys import PREFIX, adapter_key, canonical, trained_key
+from lightning_lora.io.keys import PREFIX, adapter_key, canonical, leaves, shape_on_disk, trained_key
 from lightning_lora.model.inject import apply, check_name
 from lightning_lora.model.layers import adapted_layers, require_adapters
 from lightning_lora.model.merge import is_finite
 from lightning_lora.model.parameters import adapter_tensors, trained_modules, trained_outside_adapters
+from lightning_lora.nn.conv import ConvKind
+from lightning_lora.nn.kind import Kind
+from lightning_lora.nn.linear import LinearKind
 
 
 def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "default") -> None:
@@ -36,6 +39,7 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
         {canonical(path): layer.adapter(name).config for path, layer in layers.items()},
         names=_module_names(model),
         train=map(canonical, trained_modules(model, name)),
+        transposed=any(isinstance(layer.kind, LinearKind) and layer.kind.transposed for layer in layers.values()),
     )
     tensors = adapter_state_dict(model, name)
     broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
@@ -54,8 +58,9 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
         AdapterError: If there is no such adapter, or a parameter is trained that belongs neither to it nor to a whole
             trained module.
     """
-    adapters = adapter_tensors(model, name)
-    found = {adapter_key(path, key): tensor for path, tensors in adapters.items() for key, tensor in tensors.items()}
+    found: dict[str, Tensor] = {}
+    for path, tensors in adapter_tensors(model, name).items():
+        found |= _on_disk(path, adapted_layers(model)[path].kind, tensors)
     whole = trained_modules(model, name)
     held = {id(parameter) for module in whole for parameter in model.get_submodule(module).parameters()}
     stray = [path for path in trained_outside_adapters(model) if id(model.get_parameter(path)) not in held]
@@ -103,13 +108,26 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], name: str | None =
     return model
 
 
+def _on_disk(path: str, kind: Kind, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(kind, ConvKind) and kind.groups > 1:
+        raise AdapterError(
+            f"{path} is a convolution in {kind.groups} groups. PEFT's adapter on such a layer is another function "
+            "(every group sees all channels), so its format cannot hold this one. merge(model) and save the model"
+        )
+    rank = len(tensors["lora_A"])
+    return {
+        adapter_key(path, leaf): tensors[key].reshape(shape_on_disk(kind, key, rank))
+        for key, leaf in leaves(kind).items()
+    }
+
+
 @torch.no_grad()
 def _fill(model: nn.Module, file: AdapterFile, name: str) -> None:
     for path, layer in adapted_layers(model).items():
         if name in layer.adapters:
-            tensors = file.adapters[canonical(path)]
+            tensors, names = file.adapters[canonical(path)], leaves(layer.kind)
             for key, parameter in layer.adapter(name).named_parameters():
-                parameter.copy_(tensors[key])
+                parameter.copy_(tensors[names[key]].reshape(parameter.shape))
     state = {canonical(key): tensor for key, tensor in model.state_dict().items()}
     for key, tensor in file.others.items():
         state[key.removeprefix(PREFIX)].copy_(tensor)

@@ -10,13 +10,14 @@ from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import peft
 from lightning_lora.io.adapter_file import CONFIG, WEIGHTS, AdapterFile
 from lightning_lora.io.description import describe, describe_loras, differences
-from lightning_lora.io.keys import PREFIX, canonical
+from lightning_lora.io.keys import PREFIX, canonical, leaves, shape_on_disk
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.targets import Plan
 from lightning_lora.nn.adapted import AdaptedLayer
-from lightning_lora.nn.base import QuantizedLinear
-from lightning_lora.nn.kinds import why_not_adaptable
+from lightning_lora.nn.conv import ConvKind
+from lightning_lora.nn.kinds import has_kind, kind_of, why_not_adaptable
+from lightning_lora.nn.linear import LinearKind
 from lightning_lora.nn.lora import LoRAConfig
 
 
@@ -27,7 +28,7 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
         AdapterError: If a tensor has no place, a layer no tensor, or a shape differs.
     """
     live = {canonical(path): path for path, module in model.named_modules()}
-    incomplete = [path for path, tensors in file.adapters.items() if set(tensors) != {"lora_A", "lora_B"}]
+    incomplete = [path for path, tensors in file.adapters.items() if len(tensors) != 2]
     if incomplete:
         raise AdapterError(f"{listing(incomplete)} has only one of lora_A and lora_B")
     if not file.adapters:
@@ -60,6 +61,8 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
                 f"{'; '.join(apart)}"
             )
     _check_shapes(model, live, configs, file)
+    if file.settings.get("fan_in_fan_out") and not any(_is_transposed(model.get_submodule(live[p])) for p in configs):
+        raise AdapterError(f"{CONFIG}: it uses fan_in_fan_out=True, and no layer of this model is transposed so")
     _check_trained(model, whole, file)
     train = tuple(live[module] for module in whole)
     order = {path: index for index, path in enumerate(live)}
@@ -79,16 +82,27 @@ def _is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, AdaptedLayer) or why_not_adaptable(module) is None
 
 
+def _is_transposed(layer: nn.Module) -> bool:
+    kind = layer.kind if isinstance(layer, AdaptedLayer) else kind_of(layer)
+    return isinstance(kind, LinearKind) and kind.transposed
+
+
 def _check_shapes(
     model: nn.Module, live: Mapping[str, str], configs: Mapping[str, LoRAConfig], file: AdapterFile
 ) -> None:
     for path, config in configs.items():
         layer = model.get_submodule(live[path])
-        if not isinstance(layer, nn.Linear | QuantizedLinear | AdaptedLayer):
-            raise AdapterError(f"{path} is a {type(layer).__name__} in this model, which is no linear layer")
-        wanted = {"lora_A": (config.r, layer.in_features), "lora_B": (layer.out_features, config.r)}
-        for tensor, shape in wanted.items():
-            found = tuple(file.adapters[path][tensor].shape)
+        if not isinstance(layer, AdaptedLayer) and not has_kind(layer):
+            raise AdapterError(f"{path} is a {type(layer).__name__} in this model, which cannot be adapted")
+        kind = layer.kind if isinstance(layer, AdaptedLayer) else kind_of(layer)
+        if isinstance(kind, ConvKind) and kind.groups > 1:
+            raise AdapterError(
+                f"{path} is a convolution in {kind.groups} groups, whose adapter is another function here"
+            )
+        for tensor, leaf in leaves(kind).items():
+            if leaf not in file.adapters[path]:
+                raise AdapterError(f"{path} is a {type(layer).__name__} and the file has no {leaf} for it")
+            found, shape = tuple(file.adapters[path][leaf].shape), shape_on_disk(kind, tensor, config.r)
             if found != shape:
                 raise AdapterError(
                     f"{path}.{tensor} has shape {found}, expected {shape} for r={config.r} over this layer"

@@ -18,7 +18,6 @@ _DEFAULTS: dict[str, Any] = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
     "bias": "none",
-    "fan_in_fan_out": False,
     "inference_mode": True,
     "init_lora_weights": True,
     "peft_type": "LORA",
@@ -29,7 +28,6 @@ _DEFAULTS: dict[str, Any] = {
 _MUST_BE_OFF = (
     "alora_invocation_tokens",
     "arrow_config",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
     "lora_bias",
@@ -43,13 +41,16 @@ _MUST_BE_OFF = (
 )
 
 
-def to_peft(configs: Mapping[str, AdapterConfig], *, names: Iterable[str], train: Iterable[str] = ()) -> dict[str, Any]:
+def to_peft(
+    configs: Mapping[str, AdapterConfig], *, names: Iterable[str], train: Iterable[str] = (), transposed: bool = False
+) -> dict[str, Any]:
     """Return PEFT's config for adapters by layer.
 
     Args:
         configs: Config of each adapted layer, by its name.
         names: Names of every module of the model, which decide how briefly the targets can be named.
         train: Modules trained whole.
+        transposed: Whether a layer stores its weight transposed, as Hugging Face's ``Conv1D``.
 
     Raises:
         AdapterError: If the format cannot say it: another method, or dropout or scaling that differ between layers.
@@ -70,6 +71,7 @@ def to_peft(configs: Mapping[str, AdapterConfig], *, names: Iterable[str], train
         "r": rank,
         "lora_alpha": _plain(alpha),
         "lora_dropout": float(first.dropout),
+        "fan_in_fan_out": transposed,
         "use_rslora": first.scaling == "rslora",
         "target_modules": _target_modules(sorted(loras), names),
         "modules_to_save": sorted(train) or None,
