@@ -316,6 +316,28 @@ def test_the_module_is_left_clean_and_picklable(module, trainer, clone):
         assert torch.equal(twin.eval()(TOKENS), module.eval()(TOKENS))
 
 
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_copies_made_within_a_run_are_no_part_of_it(module, trainer, clone):
+    class Copies(Callback):
+        def setup(self, trainer, pl_module, stage):
+            self.module = clone(pl_module)
+
+        def on_train_batch_end(self, *_):
+            self.lora = clone(lora)
+
+    lora, copies = LoRACallback(r=4), Copies()
+    torch.manual_seed(1)
+    trainer(lora, copies, max_epochs=1).fit(module, loader())
+    assert not adapted_layers(module)
+    copies.module.configure_model()
+    assert not adapted_layers(copies.module)
+    assert copies.lora._undo == []
+    assert "log" not in vars(copies.lora)  # Lightning's, and through it the module
+    torch.manual_seed(1)
+    trainer(copies.lora, max_epochs=1).fit(copies.module, loader())
+    assert copies.module.losses == module.losses
+
+
 def test_an_exception_leaves_the_module_adapted_and_its_methods_clean(module, trainer):
     class Fails(Callback):
         def on_train_batch_end(self, *_):
