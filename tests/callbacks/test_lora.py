@@ -646,3 +646,31 @@ def test_numbers_from_numpy_can_be_saved_and_resumed(module, trainer):
     run = trainer(LoRACallback(r=np.int64(4), alpha=np.float32(8)), max_epochs=1)
     run.fit(module, loader())
     trainer(LoRACallback(r=4, alpha=8)).fit(Module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_layers_that_the_module_has_under_two_names_go_through_a_whole_run(trainer, tmp_path, quantization):
+    """As in ``self.blocks = self.net.blocks``; a checkpoint holds their adapters once, also after the merge."""
+
+    class Named(Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = self.net.blocks
+
+    def make():
+        saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1000)
+        return trainer(LoRACallback(r=4, quantization=quantization), saver)
+
+    torch.manual_seed(0)
+    module = Named()
+    again = copy.deepcopy(module)
+    keys = list(module.state_dict())
+    make().fit(module, loader())
+    assert module.blocks[0]["q_proj"] is module.net.blocks[0]["q_proj"]
+    assert list(module.state_dict()) == keys
+    assert len(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]) == 12
+    predicted = make().predict(again, loader(), ckpt_path=tmp_path / "last.ckpt")
+    with torch.no_grad():
+        assert relative_difference(predicted[0], module.eval()(next(iter(loader()))[0])) <= 1e-5  # fp32, other order
+    make().fit(module.train(), loader())
+    assert not adapted_layers(module)
