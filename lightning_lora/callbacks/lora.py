@@ -283,7 +283,9 @@ class LoRACallback(Callback):
     def _after_configure_model(self, trainer: Trainer, module: LightningModule) -> None:
         self._undo.pop()()
         training = trainer.state.fn == "fit"
-        adapt(module, self.settings, device=trainer.strategy.root_device, training=training)
+        finetune = adapt(module, self.settings, device=trainer.strategy.root_device, training=training)
+        if training:
+            finetune.thaw(module)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             require_sharded(module)
         if isinstance(trainer.strategy, DDPStrategy):
@@ -295,8 +297,10 @@ class LoRACallback(Callback):
             return
         built = list(strategy.optimizers)
         schedulers = [config.scheduler for config in strategy.lr_scheduler_configs]
+        finetune = FINETUNES[module]
+        finetune.thaw(module)  # configure_optimizers may have unfrozen the base, as a full fine-tune's does
         strategy.optimizers = rewrite_optimizers(
-            module, built, schedulers, paged_8bit=self.paged_8bit, owners=FINETUNES[module].owners
+            module, built, schedulers, paged_8bit=self.paged_8bit, owners=finetune.owners
         )
         if not module.automatic_optimization:
             check_references(module, built, strategy.optimizers)

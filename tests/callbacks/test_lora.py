@@ -674,3 +674,40 @@ def test_layers_that_the_module_has_under_two_names_go_through_a_whole_run(train
         assert relative_difference(predicted[0], module.eval()(next(iter(loader()))[0])) <= 1e-5  # fp32, other order
     make().fit(module.train(), loader())
     assert not adapted_layers(module)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("between", [LightningModule.freeze, LightningModule.unfreeze])
+def test_what_was_frozen_or_unfrozen_between_two_fits_changes_nothing(trainer, between, merged, quantization):
+    """The base stays the base; it is not saved, so it must not be trained."""
+
+    class Filtered(Module):
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    def run(act) -> tuple[Module, Watch]:
+        torch.manual_seed(0)
+        module, watch = Filtered(), Watch()
+        lora = LoRACallback(r=4, train="head", merge=merged, quantization=quantization)
+        trainer(lora, max_epochs=1).fit(module, loader())
+        act(module)
+        trainer(watch, lora, max_epochs=1).fit(module.train(), loader())
+        assert all(torch.equal(watch.after[name], base) for name, base in watch.base.items() if "net.head" not in name)
+        return module, watch
+
+    (plain, seen), (module, watch) = run(lambda module: None), run(between)
+    assert len(watch.held) == len(watch.trained) == len(seen.held) == 14
+    assert module.losses == plain.losses
+
+
+def test_a_base_that_configure_optimizers_unfreezes_stays_frozen(trainer):
+    class Unfreezes(Module):
+        def configure_optimizers(self):
+            self.unfreeze()
+            return super().configure_optimizers()
+
+    watch = Watch()
+    trainer(watch, LoRACallback(r=4, quantization=None), max_epochs=1).fit(Unfreezes(), loader())
+    assert len(watch.held) == len(watch.trained) == 12
+    assert all(torch.equal(watch.after[name], base) for name, base in watch.base.items())
