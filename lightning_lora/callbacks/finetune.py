@@ -39,6 +39,7 @@ class FineTune:
         description: What the adapter is, as a checkpoint says it.
         trained: Names of the trained parameters outside the adapters.
         keys: Names, in the adapted module's state dict, of all that the fine-tune changes.
+        trainable: Names of the parameters that are trained, adapters included.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class FineTune:
         self.description: Description = describe(module)
         self.trained = trained_outside_adapters(module)
         self.keys = adapter_state_keys(module)
+        named = module.named_parameters(remove_duplicate=False)
+        self.trainable = {canonical(name) for name, parameter in named if parameter.requires_grad}
         self._merged: dict[AdaptedLayer, nn.Module] = {}
         self._sums: dict[AdaptedLayer, int] = {}
 
@@ -73,6 +76,13 @@ class FineTune:
         """The adapters' tensors under the names they have in the adapted module, also while it is merged."""
         state = {f"{path}.{key}": t for path, layer in self.layers.items() for key, t in layer.state_dict().items()}
         return {key: state[key] for key in self.keys if key in state}
+
+    def thaw(self, module: nn.Module) -> None:
+        """Let exactly what is of the fine-tune be trained, whatever has been frozen or unfrozen since."""
+        named = list(module.named_parameters(remove_duplicate=False))
+        trainable = {id(parameter) for name, parameter in named if canonical(name) in self.trainable}
+        for _, parameter in named:
+            parameter.requires_grad_(id(parameter) in trainable)
 
     @torch.no_grad()
     def merge(self, module: nn.Module) -> None:

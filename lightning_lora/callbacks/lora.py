@@ -55,6 +55,8 @@ from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import check_references, rewrite_optimizers
 from lightning_lora.quantization.config import NF4Config
 
+_OF_A_RUN = ("_undo", "_remerge", "_checked", "_accumulating", "_resumed")
+
 
 class LoRACallback(Callback):
     """Fine-tunes a LightningModule with LoRA, over a base in 4 bits unless told otherwise.
@@ -123,6 +125,18 @@ class LoRACallback(Callback):
         self.paged_8bit = optimizer is not None
         self.merge = merge
         self.output_dir = output_dir
+        self._begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy takes along how this callback is set, not the run (and with it the Trainer and model) it is in."""
+        return {name: value for name, value in vars(self).items() if name not in (*_OF_A_RUN, "log", "log_dict")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be as new, and set in the same way."""
+        vars(self).update(state)
+        self._begin()
+
+    def _begin(self) -> None:
         self._undo: list[Undo] = []
         self._remerge = False
         self._checked: set[int] = set()
@@ -136,10 +150,7 @@ class LoRACallback(Callback):
         self._release()
         check_trainer(trainer, self)
         check_averagers(trainer, self, quantized=self.settings.quantization is not None)
-        self._remerge = False
-        self._checked = set()
-        self._accumulating = False
-        self._resumed = []
+        self._begin()
         # No hook lies between configure_model and the restoring of a checkpoint, and none between configure_optimizers
         # and its use (Lightning issues 19658 and 21272), so these methods are wrapped on the instances: the module's
         # until it has been called, the strategy's until teardown.
@@ -272,7 +283,9 @@ class LoRACallback(Callback):
     def _after_configure_model(self, trainer: Trainer, module: LightningModule) -> None:
         self._undo.pop()()
         training = trainer.state.fn == "fit"
-        adapt(module, self.settings, device=trainer.strategy.root_device, training=training)
+        finetune = adapt(module, self.settings, device=trainer.strategy.root_device, training=training)
+        if training:
+            finetune.thaw(module)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             require_sharded(module)
         if isinstance(trainer.strategy, DDPStrategy):
@@ -284,8 +297,10 @@ class LoRACallback(Callback):
             return
         built = list(strategy.optimizers)
         schedulers = [config.scheduler for config in strategy.lr_scheduler_configs]
+        finetune = FINETUNES[module]
+        finetune.thaw(module)  # configure_optimizers may have unfrozen the base, as a full fine-tune's does
         strategy.optimizers = rewrite_optimizers(
-            module, built, schedulers, paged_8bit=self.paged_8bit, owners=FINETUNES[module].owners
+            module, built, schedulers, paged_8bit=self.paged_8bit, owners=finetune.owners
         )
         if not module.automatic_optimization:
             check_references(module, built, strategy.optimizers)

@@ -16,7 +16,7 @@ def wrap(
     owner: object, method: str, *, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
 ) -> Undo:
     """Let ``before`` and ``after`` be called around ``owner.method``, with its arguments; returns what undoes it."""
-    return substitute(owner, method, partial(_around, getattr(owner, method), before, after))
+    return substitute(owner, method, _Wrapped(_around, getattr(owner, method), before, after))
 
 
 def substitute(owner: object, method: str, function: Callable[..., Any]) -> Undo:
@@ -24,6 +24,20 @@ def substitute(owner: object, method: str, function: Callable[..., Any]) -> Undo
     original = vars(owner).get(method)
     setattr(owner, method, function)
     return partial(_restore, owner, method, original)
+
+
+class _Wrapped(partial[Any]):
+    """A wrapped method, in a form that Lightning's ``is_overridden`` sees through.
+
+    Only the one object is wrapped: a copy of it, or what is unpickled, has the method as it was.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.args[0],)
+
+
+def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method
 
 
 def _around(

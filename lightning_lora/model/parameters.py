@@ -34,10 +34,10 @@ def adapter_state_keys(model: nn.Module, name: str = "default") -> list[str]:
 
 
 def trained_outside_adapters(model: nn.Module) -> list[str]:
-    """Names of the trained parameters that belong to no adapter."""
-    inside = tuple(f"{path}.adapters." for path in require_adapters(model))
+    """Names of the trained parameters that belong to no adapter, under whichever name the model has it."""
+    inside = {id(p) for layer in require_adapters(model).values() for p in layer.adapters.parameters()}
     parameters = model.named_parameters(remove_duplicate=False)
-    return [name for name, parameter in parameters if parameter.requires_grad and not name.startswith(inside)]
+    return [name for name, parameter in parameters if parameter.requires_grad and id(parameter) not in inside]
 
 
 def trained_modules(model: nn.Module, name: str = "default") -> list[str]:

@@ -316,6 +316,28 @@ def test_the_module_is_left_clean_and_picklable(module, trainer, clone):
         assert torch.equal(twin.eval()(TOKENS), module.eval()(TOKENS))
 
 
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_copies_made_within_a_run_are_no_part_of_it(module, trainer, clone):
+    class Copies(Callback):
+        def setup(self, trainer, pl_module, stage):
+            self.module = clone(pl_module)
+
+        def on_train_batch_end(self, *_):
+            self.lora = clone(lora)
+
+    lora, copies = LoRACallback(r=4), Copies()
+    torch.manual_seed(1)
+    trainer(lora, copies, max_epochs=1).fit(module, loader())
+    assert not adapted_layers(module)
+    copies.module.configure_model()
+    assert not adapted_layers(copies.module)
+    assert copies.lora._undo == []
+    assert "log" not in vars(copies.lora)  # Lightning's, and through it the module
+    torch.manual_seed(1)
+    trainer(copies.lora, max_epochs=1).fit(copies.module, loader())
+    assert copies.module.losses == module.losses
+
+
 def test_an_exception_leaves_the_module_adapted_and_its_methods_clean(module, trainer):
     class Fails(Callback):
         def on_train_batch_end(self, *_):
@@ -624,3 +646,68 @@ def test_numbers_from_numpy_can_be_saved_and_resumed(module, trainer):
     run = trainer(LoRACallback(r=np.int64(4), alpha=np.float32(8)), max_epochs=1)
     run.fit(module, loader())
     trainer(LoRACallback(r=4, alpha=8)).fit(Module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_layers_that_the_module_has_under_two_names_go_through_a_whole_run(trainer, tmp_path, quantization):
+    """As in ``self.blocks = self.net.blocks``; a checkpoint holds their adapters once, also after the merge."""
+
+    class Named(Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = self.net.blocks
+
+    def make():
+        saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1000)
+        return trainer(LoRACallback(r=4, quantization=quantization), saver)
+
+    torch.manual_seed(0)
+    module = Named()
+    again = copy.deepcopy(module)
+    keys = list(module.state_dict())
+    make().fit(module, loader())
+    assert module.blocks[0]["q_proj"] is module.net.blocks[0]["q_proj"]
+    assert list(module.state_dict()) == keys
+    assert len(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]) == 12
+    predicted = make().predict(again, loader(), ckpt_path=tmp_path / "last.ckpt")
+    with torch.no_grad():
+        assert relative_difference(predicted[0], module.eval()(next(iter(loader()))[0])) <= 1e-5  # fp32, other order
+    make().fit(module.train(), loader())
+    assert not adapted_layers(module)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("between", [LightningModule.freeze, LightningModule.unfreeze])
+def test_what_was_frozen_or_unfrozen_between_two_fits_changes_nothing(trainer, between, merged, quantization):
+    """The base stays the base; it is not saved, so it must not be trained."""
+
+    class Filtered(Module):
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    def run(act) -> tuple[Module, Watch]:
+        torch.manual_seed(0)
+        module, watch = Filtered(), Watch()
+        lora = LoRACallback(r=4, train="head", merge=merged, quantization=quantization)
+        trainer(lora, max_epochs=1).fit(module, loader())
+        act(module)
+        trainer(watch, lora, max_epochs=1).fit(module.train(), loader())
+        assert all(torch.equal(watch.after[name], base) for name, base in watch.base.items() if "net.head" not in name)
+        return module, watch
+
+    (plain, seen), (module, watch) = run(lambda module: None), run(between)
+    assert len(watch.held) == len(watch.trained) == len(seen.held) == 14
+    assert module.losses == plain.losses
+
+
+def test_a_base_that_configure_optimizers_unfreezes_stays_frozen(trainer):
+    class Unfreezes(Module):
+        def configure_optimizers(self):
+            self.unfreeze()
+            return super().configure_optimizers()
+
+    watch = Watch()
+    trainer(watch, LoRACallback(r=4, quantization=None), max_epochs=1).fit(Unfreezes(), loader())
+    assert len(watch.held) == len(watch.trained) == 12
+    assert all(torch.equal(watch.after[name], base) for name, base in watch.base.items())
