@@ -485,12 +485,15 @@ class Stateful(DataLoader):
         self.position, self.order = 0, []
 
     def __iter__(self):
+        torch.empty((), dtype=torch.int64).random_()  # a DataLoader draws a seed for its workers
+        return self.batches()
+
+    def batches(self):
         if not self.position:
             self.order = torch.randperm(len(self.dataset)).split(4)
         for indices in self.order[self.position :]:
-            self.position += 1
+            self.position = (self.position + 1) % len(self.order)
             yield [tensor[indices] for tensor in self.dataset.tensors]
-        self.position = 0
 
     def state_dict(self):
         return {"position": self.position, "order": list(self.order)}
@@ -501,22 +504,29 @@ class Stateful(DataLoader):
 
 @pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", None])
 @pytest.mark.parametrize("quantization", ["nf4", None])
-@pytest.mark.parametrize("step", [8, 11], ids=["epoch boundary", "mid-epoch"])
-def test_a_resumed_run_is_the_one_that_never_stopped(trainer, tmp_path, optimizer, quantization, step):
+@pytest.mark.parametrize(
+    ("file", "step"),
+    [("epoch=0", 8), ("step=11", 11)],
+    ids=["epoch boundary", "mid-epoch"],
+)
+def test_a_resumed_run_is_the_one_that_never_stopped(trainer, tmp_path, optimizer, quantization, file, step):
     """Behaviour 4. Bit for bit, with dropout and shuffling. More kill points are in ``test_resume.py``."""
     lora = {"r": 4, "dropout": 0.2, "quantization": quantization, "optimizer": optimizer}
 
     def run(module: Module, **fit) -> Look:
         look = Look()
-        saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-        made = trainer(look, LoRACallback(**lora), saver, max_epochs=3)
+        savers = [
+            ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1),
+            ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1),
+        ]
+        made = trainer(look, LoRACallback(**lora), *savers, max_epochs=3)
         made.fit(module, Stateful(), loader(), **fit)
         return look
 
     straight, resumed = fresh(), fresh()
     look = run(straight)
     torch.manual_seed(123)  # whatever the new process has drawn so far
-    again = run(resumed, ckpt_path=tmp_path / f"step={step}.ckpt")
+    again = run(resumed, ckpt_path=tmp_path / f"{file}.ckpt")
     assert resumed.losses == straight.losses[step:]
     assert same(again.after, look.after)
     assert same(resumed.state_dict(), straight.state_dict())
