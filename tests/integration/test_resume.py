@@ -1,6 +1,7 @@
 """A run that is killed and resumed from its last checkpoint ends as the uninterrupted one, bit for bit."""
 
 import itertools
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,12 @@ from tests.integration.kill_points import (
     Death,
     KilledError,
     Outcome,
+    Regression,
     Scenario,
     attempt,
     batches_seen,
     differences,
+    draw,
     last_checkpoint,
     run_killed,
     run_straight,
@@ -46,6 +49,13 @@ def assert_same_end(scenario: Scenario, tmp_path: Path, **parts) -> Outcome:
     killed = run_killed(scenario, tmp_path / "killed", **parts)
     assert differences(straight, killed) == []
     return killed
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_a_run_killed_anywhere_ends_as_the_uninterrupted_one(number, tmp_path):
+    """Each combination of base, optimizer and accumulation at least once; more of them in the benchmarks."""
+    scenario = draw(random.Random(number), *COMBINATIONS[number % len(COMBINATIONS)])
+    assert_same_end(scenario, tmp_path)
 
 
 def test_the_optimizer_states_compared_here_are_of_8_bits(tmp_path):
@@ -82,11 +92,71 @@ def test_a_run_killed_twice_in_one_epoch_ends_as_the_uninterrupted_one(tmp_path)
     assert assert_same_end(Scenario(deaths=deaths, schedule="epoch"), tmp_path).resumed_after == [12, 16]
 
 
+@pytest.mark.parametrize("batch", [4, 10, 14])
+def test_items_that_draw_from_the_global_random_states_are_drawn_the_same(tmp_path, batch):
+    assert_same_end(Scenario(augment=True, deaths=(Death(batch),)), tmp_path)
+
+
+class Estimating(Regression):
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches == 30
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("batch", [10, 14])
+def test_the_batches_go_on_when_the_number_of_steps_was_estimated(tmp_path, batch):
+    """Lightning issue 20550: estimating makes the loader's iterator before Lightning restores its state."""
+    assert_same_end(Scenario(deaths=(Death(batch),)), tmp_path, kind=Estimating)
+
+
 def test_batches_prepared_by_worker_processes_go_on(tmp_path):
     def loader(dataset):
         return StatefulDataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=1)
 
     assert_same_end(Scenario(deaths=(Death(14),), limit="steps", validate_every=None), tmp_path, loader=loader)
+
+
+# At the end of an epoch
+
+
+@pytest.mark.parametrize("limit", ["epochs", "steps"])
+@pytest.mark.parametrize("validate_every", [None, 1.0, 5])
+def test_no_epoch_is_lost_after_a_checkpoint_at_its_last_batch(tmp_path, limit, validate_every):
+    scenario = Scenario(accumulation=4, deaths=(Death(10),), limit=limit, validate_every=validate_every)
+    killed = assert_same_end(scenario, tmp_path)
+    assert len(killed.records) == scenario.batches - 10
+
+
+@pytest.mark.parametrize("limit", ["epochs", "steps"])
+@pytest.mark.parametrize("writer", ["epoch", "validation"])
+def test_a_stateful_loader_goes_on_shuffling_after_an_epoch(tmp_path, limit, writer):
+    scenario = Scenario(writer=writer, deaths=(Death(14), Death(22, "backward")), limit=limit)
+    assert assert_same_end(scenario, tmp_path).resumed_after == [10, 20]
+
+
+@pytest.mark.parametrize("scenario", [Scenario(deaths=(Death(20),)), Scenario(writer="epoch", deaths=(Death(14),))])
+def test_with_a_plain_loader_an_epoch_boundary_is_exact(tmp_path, scenario):
+    assert_same_end(scenario, tmp_path, loader=plain_loader)
+
+
+class DrawingInValidation(Regression):
+    """Validation that is part of the run: it draws from the random state."""
+
+    def validation_step(self, batch, _):
+        torch.rand(3)
+        self.log("val", self.loss(batch))
+
+
+@pytest.mark.parametrize(("batch", "every"), [(15, 5), (20, 1.0), (20, 5)])
+def test_validation_that_was_due_is_run_after_the_resume(tmp_path, batch, every):
+    assert_same_end(Scenario(deaths=(Death(batch),), validate_every=every), tmp_path, kind=DrawingInValidation)
+
+
+@pytest.mark.parametrize(("batch", "every"), [(10, None), (10, 1.0), (14, None), (15, 5)])
+def test_losses_are_logged_at_the_steps_of_the_uninterrupted_run(tmp_path, batch, every):
+    scenario = Scenario(deaths=(Death(batch),), validate_every=every)
+    straight, killed = run_straight(scenario, tmp_path), run_killed(scenario, tmp_path)
+    assert killed.logged == straight.logged[batch:]
 
 
 # SIGTERM
