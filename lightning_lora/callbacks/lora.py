@@ -171,7 +171,7 @@ class LoRACallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give a resumed run the rest of its state, and keep running statistics of frozen norms: the base stays."""
         if self._resumption is not None:
-            tell_what_is_not_restored(self._resumption)
+            tell_what_is_not_restored(self._resumption, trainer)
             self._resumption.restore_run(pl_module)
             self._resumption = None
         whole = tuple(f"{path}." for path in trained_modules(pl_module))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from torch import Tensor, nn
 
 from lightning_lora.callbacks.processes import gather, is_sharded, rank, world_size
@@ -97,14 +97,14 @@ def restore_gradients(states: list[Any], module: nn.Module) -> None:
         parameters[name].grad = _like(parameters[name], gradient)
 
 
-def tell_what_is_not_restored(resumption: Resumption) -> None:
+def tell_what_is_not_restored(resumption: Resumption, trainer: Trainer) -> None:
     """Say why the run will not be the uninterrupted one, where it will not."""
-    for reason in _reasons(resumption):
+    for reason in _reasons(resumption, trainer):
         rank_zero_info(f"LoRA: {reason}; {NOT_EXACT}")
 
 
-def _reasons(resumption: Resumption) -> Iterator[str]:
-    states = resumption.processes
+def _reasons(resumption: Resumption, trainer: Trainer) -> Iterator[str]:
+    states, place = resumption.processes, resumption.place
     if len(states) != world_size():
         yield (
             f"the checkpoint is of {len(states)} processes and this run has {world_size()}, so random states do not "
@@ -112,6 +112,20 @@ def _reasons(resumption: Resumption) -> Iterator[str]:
         )
     elif None in states:
         yield "the checkpoint was written when a process failed and holds the random state of that process alone"
+    if place.inside_batch:
+        yield "the checkpoint was written in the middle of a batch, which is passed over"
+    loaders = CombinedLoader(trainer.train_dataloader).flattened
+    if place.inside_epoch and not all(isinstance(loader, Stateful) for loader in loaders):
+        yield "the epoch starts again at its first batch: a training loader has no state_dict and load_state_dict"
+    if resumption.loaders:
+        yield "the checkpoint holds the state of more stateful training loaders than there are"
+    elif trainer.num_training_batches == float("inf"):
+        yield (
+            "the training loader has no length, so Lightning fetches one batch ahead, which is now passed over. Give "
+            "it a length, or set limit_train_batches="
+        )
+    if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
+        yield "Lightning passes over the step of ReduceLROnPlateau that ends the epoch of the checkpoint"
 
 
 def _mine(states: list[Any]) -> Any:

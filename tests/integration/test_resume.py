@@ -1,6 +1,7 @@
 """A run that is killed and resumed from its last checkpoint ends as the uninterrupted one, bit for bit."""
 
 import itertools
+import logging
 import random
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 
 pytest.importorskip("torchdata")
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tests.integration.kill_points import (
@@ -186,3 +187,81 @@ def test_a_process_told_to_stop_exits_with_143_and_names_its_checkpoint(tmp_path
     killed.resumed_after = [14]
     (tmp_path / "straight").mkdir()
     assert differences(run_straight(scenario, tmp_path / "straight"), killed) == []
+
+
+# What cannot be exact is said
+
+
+def resume(scenario: Scenario, folder: Path, caplog, **parts) -> str:
+    caplog.set_level(logging.INFO)
+    run_killed(scenario, folder, **parts)
+    return caplog.text
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_plain_loader_inside_an_epoch_is_not_silent(tmp_path, caplog, accumulation):
+    """Lightning warns unless the optimizer has just not stepped in this epoch; we say so always."""
+    scenario = Scenario(accumulation=accumulation, deaths=(Death(14),), validate_every=None)
+    seed(0)
+    with pytest.warns(UserWarning, match="your dataloader is not resumable"):
+        said = resume(scenario, tmp_path, caplog, loader=plain_loader)
+    assert "the epoch starts again at its first batch: a training loader has no state_dict" in said
+
+
+def test_a_plain_loader_inside_the_first_window_of_an_epoch_is_not_silent(tmp_path, caplog):
+    scenario = Scenario(accumulation=4, deaths=(Death(12),), validate_every=None)
+    said = resume(scenario, tmp_path, caplog, loader=plain_loader)
+    assert "the epoch starts again at its first batch: a training loader has no state_dict" in said
+
+
+class Stream(IterableDataset):
+    """A dataset without a length that knows where it is."""
+
+    def __init__(self, items):
+        self.items, self.at = items, 0
+
+    def __iter__(self):
+        while self.at < len(self.items):
+            self.at += 1
+            yield self.items[self.at - 1]
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def test_a_loader_without_a_length_is_not_silent(tmp_path, caplog):
+    def loader(items):
+        return StatefulDataLoader(Stream(items), BATCH_SIZE)
+
+    said = resume(Scenario(deaths=(Death(14),)), tmp_path, caplog, loader=loader)
+    assert "Lightning fetches one batch ahead, which is now passed over" in said
+
+
+def test_a_loader_that_lost_its_state_is_not_silent(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    seed(0)
+    with pytest.raises(KilledError):
+        attempt(Scenario(deaths=(Death(20),)), tmp_path)
+    attempt(Scenario(deaths=()), tmp_path, last_checkpoint(tmp_path), loader=plain_loader)
+    assert "the state of more stateful training loaders than there are" in caplog.text
+
+
+def test_a_checkpoint_written_in_the_middle_of_a_batch_is_not_silent(tmp_path, caplog):
+    said = resume(Scenario(writer="exception", deaths=(Death(14, "backward"),)), tmp_path, caplog)
+    assert "written in the middle of a batch, which is passed over" in said
+
+
+class OnPlateau(Regression):
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val"}}
+
+
+def test_reduce_on_plateau_is_not_silent(tmp_path, caplog):
+    said = resume(Scenario(deaths=(Death(14),)), tmp_path, caplog, kind=OnPlateau)
+    assert "passes over the step of ReduceLROnPlateau" in said
