@@ -209,8 +209,10 @@ class LoRACallback(Callback):
             self._finish(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so when a run had nothing left to train: Lightning ends it without ``on_train_end``."""
-        if self.merge and not FINETUNES[pl_module].is_merged and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Finish a run that had nothing left to train, which Lightning ends without ``on_train_end``, or say so."""
+        if self._resumption is not None and not averagers(trainer):  # killed between its last batch and its end
+            self._finish(trainer, pl_module)
+        elif self.merge and not FINETUNES[pl_module].is_merged and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("LoRA: no step was trained in this run, so the adapters are neither written nor merged")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -140,6 +140,15 @@ def test_with_a_plain_loader_an_epoch_boundary_is_exact(tmp_path, scenario):
     assert_same_end(scenario, tmp_path, loader=plain_loader)
 
 
+@pytest.mark.parametrize(("writer", "moment"), [("batches", "batch end"), ("none", "sigterm")])
+def test_a_run_killed_after_its_last_batch_is_merged_when_it_is_resumed(tmp_path, writer, moment):
+    scenario = Scenario(writer=writer, deaths=(Death(30, moment),), validate_every=None)
+    killed = assert_same_end(scenario, tmp_path)
+    assert killed.records == []
+    assert "net.head.weight" in killed.merged
+    assert not any("lora_" in name for name in killed.merged)
+
+
 class DrawingInValidation(Regression):
     """Validation that is part of the run: it draws from the random state."""
 
