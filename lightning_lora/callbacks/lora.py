@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.callbacks.adapting import adapt, network
-from lightning_lora.callbacks.averaging import averagers, check_averagers, check_norms, set_averages_aside
+from lightning_lora.callbacks.averaging import adapt_early, averagers, check_averagers, check_norms, set_averages_aside
 from lightning_lora.callbacks.checkpoints import KEY, check_optimizers, complete_checkpoint, reduce_checkpoint
 from lightning_lora.callbacks.compat import check_sharding, check_trainer
 from lightning_lora.callbacks.finetune import FINETUNES
@@ -38,7 +39,7 @@ from lightning_lora.callbacks.settings import (
 )
 from lightning_lora.callbacks.sharded import full_state, load_sharded
 from lightning_lora.callbacks.wraps import Undo, substitute, wrap
-from lightning_lora.errors import listing
+from lightning_lora.errors import OptimizerError, listing
 from lightning_lora.io.adapter_folder import save_adapter
 from lightning_lora.io.description import VERSION
 from lightning_lora.io.merged import save_merged
@@ -171,7 +172,7 @@ class LoRACallback(Callback):
             wrap(pl_module, "configure_model", after=lambda: self._after_configure_model(trainer, pl_module))
         )
         if stage == "fit" and averagers(trainer):  # they copy the module in their setup, which comes next
-            pl_module.configure_model()
+            adapt_early(pl_module)
             check_norms(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -304,6 +305,8 @@ class LoRACallback(Callback):
         strategy = trainer.strategy
         if not strategy.optimizers:
             return
+        if any(isinstance(optimizer, _MockOptimizer) for optimizer in strategy.optimizers):
+            raise OptimizerError("configure_optimizers returns None, so nothing would be trained. Return an optimizer")
         built = list(strategy.optimizers)
         schedulers = [config.scheduler for config in strategy.lr_scheduler_configs]
         finetune = FINETUNES[module]

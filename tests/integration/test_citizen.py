@@ -202,7 +202,7 @@ def test_adapters_and_train_modules_alone_are_trained_wherever_the_model_is_buil
 
 @pytest.mark.parametrize("quantization", ["nf4", None])
 def test_a_model_built_under_the_precision_of_the_trainer_is_adapted_in_it(trainer, quantization):
-    """Behaviour 1. In ``configure_model`` new layers have the Trainer's dtype; adapters bring none of their own."""
+    """Behaviour 1. In ``configure_model`` new layers have the Trainer's dtype; adapters over them stay in fp32."""
 
     class Half(InConfigureModel):
         def training_step(self, batch, batch_idx):
@@ -211,7 +211,9 @@ def test_a_model_built_under_the_precision_of_the_trainer_is_adapted_in_it(train
     module, look = Half(), Look()
     trainer(look, LoRACallback(r=4, quantization=quantization), precision="bf16-true").fit(module, loader())
     assert look.layers == ADAPTED
-    assert {tensor.dtype for tensor in look.after.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in adapters(look.after).values()} == {torch.float32}
+    base = {name: tensor for name, tensor in look.after.items() if name not in adapters(look.after)}
+    assert {tensor.dtype for tensor in base.values() if tensor.is_floating_point()} == {torch.bfloat16}
     assert all(not torch.equal(look.after[name], look.before[name]) for name in look.trained if name.endswith("B"))
 
 
@@ -1068,13 +1070,14 @@ def test_adapters_are_not_put_on_layers_that_are_sharded_already(trainer, one_pr
     [
         ("32-true", torch.float32, torch.float32),
         ("bf16-mixed", torch.float32, torch.bfloat16),
-        ("bf16-true", torch.bfloat16, torch.bfloat16),  # Lightning casts all of the module, adapters too
+        ("bf16-true", torch.bfloat16, torch.bfloat16),
         ("64-true", torch.float64, torch.float64),
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_each_precision_keeps_its_dtypes_and_the_codes_of_the_base(trainer, precision, dtype, computed, quantization):
-    """Behaviour 13. Casts of the whole module leave the packed base as it is."""
+    """Behaviour 13. Casts of the whole module leave the packed base as it is, and the adapters in fp32 or better."""
+    trained = torch.promote_types(dtype, torch.float32)
 
     class Casts(Module):
         def training_step(self, batch, batch_idx):
@@ -1090,7 +1093,7 @@ def test_each_precision_keeps_its_dtypes_and_the_codes_of_the_base(trainer, prec
     run = trainer(look, LoRACallback(r=4, quantization=quantization), precision=precision, max_epochs=2)
     run.fit(module, loader())
     assert computed in dtypes
-    assert {tensor.dtype for tensor in adapters(look.after).values()} == module.grads == {dtype}
+    assert {tensor.dtype for tensor in adapters(look.after).values()} == module.grads == {trained}
     packed = [name for name in look.after if name.endswith((".codes", ".absmax", ".nested_absmax", ".offset"))]
     assert bool(packed) is (quantization == "nf4")
     assert all(torch.equal(look.after[name], look.before[name]) for name in packed)
