@@ -12,25 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.callbacks.adapting import adapt, network
-from lightning_lora.callbacks.averaging import averagers, check_averagers, check_norms, set_averages_aside
+from lightning_lora.callbacks.averaging import adapt_early, averagers, check_averagers, check_norms, set_averages_aside
 from lightning_lora.callbacks.checkpoints import KEY, check_optimizers, complete_checkpoint, reduce_checkpoint
 from lightning_lora.callbacks.compat import check_sharding, check_trainer
 from lightning_lora.callbacks.finetune import FINETUNES
 from lightning_lora.callbacks.gradients import check_gradients, check_loss
 from lightning_lora.callbacks.interruption import keep_interrupted_run
 from lightning_lora.callbacks.processes import require_sharded, spare_quantized_buffers
-from lightning_lora.callbacks.resume import (
-    process_states,
-    restore_gradients,
-    restore_random_state,
-    tell_what_is_not_restored,
-)
+from lightning_lora.callbacks.progress import validation_follows
+from lightning_lora.callbacks.resume import Resumption, process_states, restore_random_state, tell_what_is_not_restored
 from lightning_lora.callbacks.settings import (
     METHODS,
     OPTIMIZERS,
@@ -42,7 +39,7 @@ from lightning_lora.callbacks.settings import (
 )
 from lightning_lora.callbacks.sharded import full_state, load_sharded
 from lightning_lora.callbacks.wraps import Undo, substitute, wrap
-from lightning_lora.errors import listing
+from lightning_lora.errors import OptimizerError, listing
 from lightning_lora.io.adapter_folder import save_adapter
 from lightning_lora.io.description import VERSION
 from lightning_lora.io.merged import save_merged
@@ -55,7 +52,7 @@ from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import check_references, rewrite_optimizers
 from lightning_lora.quantization.config import NF4Config
 
-_OF_A_RUN = ("_undo", "_remerge", "_checked", "_accumulating", "_resumed")
+_OF_A_RUN = ("_undo", "_remerge", "_checked", "_accumulating", "_resumption")
 
 
 class LoRACallback(Callback):
@@ -64,8 +61,9 @@ class LoRACallback(Callback):
     When the model stands (after ``__init__``, ``setup`` and ``configure_model``), adapters are put into its linear
     layers, everything else is frozen, and the frozen layers under the adapters are quantized. ``torch.optim.Adam`` and
     ``AdamW`` become bitsandbytes' paged 8-bit AdamW over the adapters alone, with their schedulers kept. Checkpoints
-    hold the adapters alone and resume bit for bit at an epoch boundary. After training the adapters are merged: the
-    module then holds plain layers with its original keys, whose parameters stay frozen until ``requires_grad_(True)``.
+    hold the adapters alone and resume bit for bit, in the middle of an epoch too with a stateful loader. After training
+    the adapters are merged: the module then holds plain layers with its original keys, whose parameters stay frozen
+    until ``requires_grad_(True)``.
 
     Args:
         targets: Layers to adapt: ``"all-linear"`` (all but the output head), a name or glob or several, or a mapping
@@ -141,7 +139,7 @@ class LoRACallback(Callback):
         self._remerge = False
         self._checked: set[int] = set()
         self._accumulating = False
-        self._resumed: list[Any] = []
+        self._resumption: Resumption | None = None
 
     # The run, in the order Lightning calls it
 
@@ -151,12 +149,15 @@ class LoRACallback(Callback):
         check_trainer(trainer, self)
         check_averagers(trainer, self, quantized=self.settings.quantization is not None)
         self._begin()
-        # No hook lies between configure_model and the restoring of a checkpoint, and none between configure_optimizers
-        # and its use (Lightning issues 19658 and 21272), so these methods are wrapped on the instances: the module's
-        # until it has been called, the strategy's until teardown.
+        # No hook lies between configure_model and the restoring of a checkpoint, none between configure_optimizers and
+        # its use (Lightning issues 19658 and 21272), and none between the loaders and their first iteration, so these
+        # methods are wrapped on the instances: the module's until it has been called, the strategy's until teardown.
         strategy = trainer.strategy
         self._undo.append(
             wrap(strategy, "setup_optimizers", after=lambda *_: self._rewrite_optimizers(trainer, pl_module))
+        )
+        self._undo.append(
+            wrap(strategy, "process_dataloader", after=lambda loader: self._restore_loader(trainer, loader))
         )
         if isinstance(strategy, ModelParallelStrategy):
             self._arrange_sharded(strategy, pl_module)
@@ -171,7 +172,7 @@ class LoRACallback(Callback):
             wrap(pl_module, "configure_model", after=lambda: self._after_configure_model(trainer, pl_module))
         )
         if stage == "fit" and averagers(trainer):  # they copy the module in their setup, which comes next
-            pl_module.configure_model()
+            adapt_early(pl_module)
             check_norms(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,12 +181,11 @@ class LoRACallback(Callback):
             layer.adapters.train()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep running statistics of frozen normalization layers as they are: the base has to stay the base."""
-        if self._resumed and trainer.fit_loop.restarted_mid_epoch:
-            # Making the iterator over the data has drawn from the random state since it was restored.
-            restore_random_state(self._resumed)
-            restore_gradients(self._resumed, pl_module)
-        self._resumed = []
+        """Give a resumed run the rest of its state, and keep running statistics of frozen norms: the base stays."""
+        if self._resumption is not None:
+            tell_what_is_not_restored(self._resumption, trainer)
+            self._resumption.restore_run(pl_module)
+            self._resumption = None
         whole = tuple(f"{path}." for path in trained_modules(pl_module))
         frozen = [
             name
@@ -221,8 +221,10 @@ class LoRACallback(Callback):
             self._finish(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so when a run had nothing left to train: Lightning ends it without ``on_train_end``."""
-        if self.merge and not FINETUNES[pl_module].is_merged and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Finish a run that had nothing left to train, which Lightning ends without ``on_train_end``, or say so."""
+        if self._resumption is not None and not averagers(trainer):  # killed between its last batch and its end
+            self._finish(trainer, pl_module)
+        elif self.merge and not FINETUNES[pl_module].is_merged and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("LoRA: no step was trained in this run, so the adapters are neither written nor merged")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -246,14 +248,18 @@ class LoRACallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what each process needs to go on bit for bit; not called for weights alone, which nothing resumes."""
         states = process_states(trainer, pl_module, accumulating=self._accumulating)
-        checkpoint[KEY] = {"processes": states}
+        checkpoint[KEY] = {"processes": states, "validation_due": validation_follows(trainer)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the random state, early enough for the first shuffle."""
         if trainer.state.fn == "fit":
-            self._resumed = checkpoint[KEY].get("processes", [])
-            tell_what_is_not_restored(self._resumed)
-            restore_random_state(self._resumed)
+            entry = checkpoint[KEY]
+            self._resumption = Resumption.of(
+                checkpoint["loops"]["fit_loop"],
+                entry.get("processes", []),
+                validation_due=entry.get("validation_due", False),
+            )
+            restore_random_state(self._resumption.processes)
 
     # What the wraps call
 
@@ -280,6 +286,10 @@ class LoRACallback(Callback):
             substitute(strategy, "load_checkpoint", partial(load_sharded, strategy, module, strategy.load_checkpoint)),
         ]
 
+    def _restore_loader(self, trainer: Trainer, loader: object) -> None:
+        if self._resumption is not None and trainer.training:
+            self._resumption.restore_loader(loader)
+
     def _after_configure_model(self, trainer: Trainer, module: LightningModule) -> None:
         self._undo.pop()()
         training = trainer.state.fn == "fit"
@@ -295,6 +305,8 @@ class LoRACallback(Callback):
         strategy = trainer.strategy
         if not strategy.optimizers:
             return
+        if any(isinstance(optimizer, _MockOptimizer) for optimizer in strategy.optimizers):
+            raise OptimizerError("configure_optimizers returns None, so nothing would be trained. Return an optimizer")
         built = list(strategy.optimizers)
         schedulers = [config.scheduler for config in strategy.lr_scheduler_configs]
         finetune = FINETUNES[module]

@@ -7,6 +7,7 @@ files work through these contracts alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -25,6 +26,15 @@ class Adapter(nn.Module, ABC):
     config: AdapterConfig
     kind: Kind
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """Move with the module around it, but stay in full precision when that is cast to half.
+
+        The adapter holds the master weights: an update below half a step of ``bfloat16`` would be rounded away. Modules
+        have no public hook for casts; ``.half()``, ``.to(dtype)`` and Lightning's ``*-true`` precisions all end here.
+        """
+        super()._apply(lambda tensor: _in_full_precision(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
+        return self
+
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor, base_layer: nn.Module) -> Tensor:
         """Return the adapted output.
@@ -42,6 +52,11 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw the starting values, also after the parameters were materialized from the meta device."""
+
+
+def _in_full_precision(before: Tensor, after: Tensor) -> Tensor:
+    shrunk = before.dtype == torch.float32 and after.dtype in (torch.bfloat16, torch.float16)
+    return before.to(after.device) if shrunk else after
 
 
 class AdapterConfig(ABC):

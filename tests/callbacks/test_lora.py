@@ -116,6 +116,24 @@ def loader_in(precision: str):
     return data
 
 
+def test_updates_below_a_step_of_bf16_are_kept_under_bf16_true(trainer):
+    """The adapters are the master weights: 1.0 in bf16 is followed by 1.0078."""
+
+    class Still(Module):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-5)
+
+    class Set(Callback):
+        def on_train_start(self, trainer, pl_module):
+            for layer in adapted_layers(pl_module).values():
+                torch.nn.init.ones_(layer.adapter("default").lora_B)
+
+    module, watch = Still(), Watch()
+    trainer(Set(), watch, LoRACallback(r=4), precision="bf16-true", max_epochs=1).fit(module, loader_in("bf16-true"))
+    changed = [(watch.state[key] != 1).any().item() for key in watch.state if key.endswith("lora_B")]
+    assert changed == [True] * 6
+
+
 # Checkpoints
 
 
@@ -711,3 +729,28 @@ def test_a_base_that_configure_optimizers_unfreezes_stays_frozen(trainer):
     trainer(watch, LoRACallback(r=4, quantization=None), max_epochs=1).fit(Unfreezes(), loader())
     assert len(watch.held) == len(watch.trained) == 12
     assert all(torch.equal(watch.after[name], base) for name, base in watch.base.items())
+
+
+@pytest.mark.filterwarnings("ignore::Warning")  # dynamo's own, about autograd functions and lru_cache
+def test_checkpoints_of_compiled_and_plain_submodules_are_the_same(trainer):
+    run = trainer(LoRACallback(r=4), max_epochs=1)
+    run.fit(Module(torch.compile(Net(), backend="eager")), loader())
+    path = run.checkpoint_callback.best_model_path
+    keys = torch.load(path, weights_only=True)["state_dict"]
+    assert not [key for key in keys if "_orig_mod" in key]
+    trainer(LoRACallback(r=4), max_epochs=2).fit(Module(), loader(), ckpt_path=path)
+    trainer(LoRACallback(r=4), max_epochs=2).fit(
+        Module(torch.compile(Net(), backend="eager")), loader(), ckpt_path=path
+    )
+
+
+def test_a_module_that_configures_no_optimizer_is_told_so(trainer):
+    class Without(Module):
+        def configure_optimizers(self):
+            return None
+
+    with (
+        pytest.warns(UserWarning, match="configure_optimizers. returned .None"),
+        pytest.raises(OptimizerError, match="configure_optimizers returns None, so nothing would be trained"),
+    ):
+        trainer(LoRACallback(r=4)).fit(Without(), loader())

@@ -131,6 +131,11 @@ class TestShardedByFSDP2:
         assert sum(first["more_losses"]) < sum(first["losses"])
         assert equal(first["more_state"], second["more_state"])
 
+    def test_its_checkpoint_is_refused_by_another_fine_tune(self, seen, kind, quantization):
+        for result in self.results(seen, kind):
+            assert "CheckpointError: this checkpoint belongs to another fine-tune" in result["of another rank"]
+            assert "r is 8 there and 2 here" in result["of another rank"]
+
 
 def test_what_fsdp2_would_let_drift_apart_is_refused(seen):
     for result in seen("fsdp_refusals"):

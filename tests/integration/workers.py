@@ -117,6 +117,10 @@ class ShardedFirst(Sharded):
         self.shard()
 
 
+class ShardedOfLowerRank(Sharded):
+    r = 2
+
+
 class ShardedInPart(Sharded):
     def shard(self):
         from torch.distributed.fsdp import fully_shard
@@ -278,7 +282,10 @@ def fsdp_of(kind: type[Sharded]):
             use_distributed_sampler=False,
         )
         more.fit(again, share_loader(RANK, 2), ckpt_path=path)
+        other = LoRACallback(r=2, quantization=None, merge=False, optimizer=None)
+        apart = trainer(other, strategy=sharded_strategy(), devices=2)
         return {
+            "of another rank": refused(lambda: apart.fit(ShardedOfLowerRank(), shuffled_loader(), ckpt_path=path)),
             "state": watch.state,
             "local": local,
             "full": full,
