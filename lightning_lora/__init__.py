@@ -19,6 +19,7 @@ from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge
 from lightning_lora.model.parameters import adapter_parameters
 from lightning_lora.model.summary import summary
+from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.quantization import adopt as _adopt  # noqa: F401 (registers bitsandbytes' layers as bases)
 from lightning_lora.quantization.config import NF4Config
@@ -29,6 +30,7 @@ from lightning_lora.version import __version__
 __all__ = [
     "AdapterError",
     "CheckpointError",
+    "DoRAConfig",
     "GradientError",
     "LoRACallback",
     "LoRAConfig",

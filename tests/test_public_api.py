@@ -9,6 +9,7 @@ import lightning_lora
 NAMES = {
     "AdapterError",
     "CheckpointError",
+    "DoRAConfig",
     "GradientError",
     "LoRACallback",
     "LoRAConfig",

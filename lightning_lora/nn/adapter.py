@@ -19,8 +19,15 @@ class Adapter(nn.Module, ABC):
     """All state of one adapter on one layer: its trainable parameters and the config it was built from.
 
     Parameters are bare ``nn.Parameter``s rather than ``nn.Linear`` modules, so that nothing which searches a model for
-    linear layers (quantizers, sharding policies, another injection) finds the adapter itself.
+    linear layers (quantizers, sharding policies, another injection) finds the adapter itself. What is never trained is
+    a buffer.
     """
+
+    additive: ClassVar[bool] = True
+    """Whether it adds to the output so far and to the weight so far the same, whatever other adapters did to them."""
+
+    up: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters to which LoRA+ gives a learning rate of their own: the factor ``B``."""
 
     config: AdapterConfig
     kind: Kind
@@ -43,11 +50,20 @@ class Adapter(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw the starting values, also after the parameters were materialized from the meta device."""
 
+    def rebase(self, before: nn.Module, after: nn.Module) -> None:
+        """Adjust to a base layer that was just replaced, as quantizing does, by one of slightly other weights."""
+
 
 class AdapterConfig(ABC):
     """A method with its hyperparameters: a frozen value, valid as soon as it exists."""
 
     method: ClassVar[str]
+
+    decisive: ClassVar[tuple[str, ...]] = ()
+    """Names of the fields that decide what saved tensors mean: with other values they are another function."""
+
+    dropout: float = 0.0
+    """Probability of zeroing an element of the input while training; a field where the method has it."""
 
     @abstractmethod
     def check(self, kind: Kind) -> None:
