@@ -21,6 +21,8 @@ from lightning_lora.model.parameters import adapter_parameters
 from lightning_lora.model.summary import summary
 from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.lora_fa import LoRAFAConfig
+from lightning_lora.nn.vera import VeRAConfig
 from lightning_lora.quantization import adopt as _adopt  # noqa: F401 (registers bitsandbytes' layers as bases)
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.quantize import quantize
@@ -36,6 +38,7 @@ __all__ = [
     "LoRAConfig",
     "LoRADDPStrategy",
     "LoRAError",
+    "LoRAFAConfig",
     "LoRAStrategy",
     "MergeError",
     "NF4Config",
@@ -43,6 +46,7 @@ __all__ = [
     "QuantizationError",
     "TargetError",
     "UnsupportedError",
+    "VeRAConfig",
     "__version__",
     "activate",
     "adapter_parameters",

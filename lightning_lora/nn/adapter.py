@@ -19,8 +19,7 @@ class Adapter(nn.Module, ABC):
     """All state of one adapter on one layer: its trainable parameters and the config it was built from.
 
     Parameters are bare ``nn.Parameter``s rather than ``nn.Linear`` modules, so that nothing which searches a model for
-    linear layers (quantizers, sharding policies, another injection) finds the adapter itself. What is never trained is
-    a buffer.
+    linear layers (quantizers, sharding policies, another injection) finds the adapter itself.
     """
 
     additive: ClassVar[bool] = True

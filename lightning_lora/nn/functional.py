@@ -54,6 +54,8 @@ def row_norms(matrix: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
         scaling: The factor ``s``.
     """
     dtype = torch.promote_types(lora_A.dtype, torch.float32)
+    if matrix.is_meta:
+        return matrix.new_empty(matrix.shape[0], dtype=dtype)  # autocast knows no such device
     rows = max(1, _PIECE // max(1, matrix.shape[1]))
     A = lora_A.to(dtype)
     pieces = zip(torch.split(matrix, rows), torch.split(lora_B, rows), strict=True)
