@@ -23,6 +23,7 @@ from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.nn.lora_fa import LoRAFAConfig
 from lightning_lora.nn.vera import VeRAConfig
+from lightning_lora.optim.lora_plus import param_groups
 from lightning_lora.quantization import adopt as _adopt  # noqa: F401 (registers bitsandbytes' layers as bases)
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.quantize import quantize
@@ -57,6 +58,7 @@ __all__ = [
     "load_adapter",
     "load_from_checkpoint",
     "merge",
+    "param_groups",
     "quantize",
     "save_adapter",
     "summary",

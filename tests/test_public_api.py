@@ -34,6 +34,7 @@ NAMES = {
     "load_adapter",
     "load_from_checkpoint",
     "merge",
+    "param_groups",
     "quantize",
     "save_adapter",
     "summary",
