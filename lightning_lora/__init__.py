@@ -21,7 +21,11 @@ from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge
 from lightning_lora.model.parameters import adapter_parameters
 from lightning_lora.model.summary import summary
+from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.lora_fa import LoRAFAConfig
+from lightning_lora.nn.vera import VeRAConfig
+from lightning_lora.optim.lora_plus import param_groups
 from lightning_lora.quantization import adopt as _adopt  # noqa: F401 (registers bitsandbytes' layers as bases)
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.quantize import quantize
@@ -34,12 +38,14 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterError",
     "CheckpointError",
+    "DoRAConfig",
     "GradientError",
     "LoRACLI",
     "LoRACallback",
     "LoRAConfig",
     "LoRADDPStrategy",
     "LoRAError",
+    "LoRAFAConfig",
     "LoRAStrategy",
     "MergeError",
     "NF4Config",
@@ -47,6 +53,7 @@ __all__ = [
     "QuantizationError",
     "TargetError",
     "UnsupportedError",
+    "VeRAConfig",
     "__version__",
     "activate",
     "adapter_parameters",
@@ -57,6 +64,7 @@ __all__ = [
     "load_adapter",
     "load_from_checkpoint",
     "merge",
+    "param_groups",
     "quantize",
     "save_adapter",
     "summary",

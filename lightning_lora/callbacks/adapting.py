@@ -15,7 +15,7 @@ from lightning_lora.callbacks.processes import is_sharded, require_equal_bases
 from lightning_lora.callbacks.settings import Settings
 from lightning_lora.errors import AdapterError, TargetError, UnsupportedError, listing
 from lightning_lora.io.adapter_folder import load_adapter
-from lightning_lora.io.description import describe_loras, differences
+from lightning_lora.io.description import describe_configs, differences
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
@@ -23,9 +23,9 @@ from lightning_lora.model.merge import is_finite
 from lightning_lora.model.summary import summary
 from lightning_lora.model.targets import Plan, resolve
 from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
 from lightning_lora.nn.kinds import has_kind
-from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.quantization.quantize import check_quantizable, quantize
 
 
@@ -148,10 +148,10 @@ def _require_same(module: LightningModule, settings: Settings, finetune: FineTun
             )
         return
     plan = resolve(module, settings.targets, settings.config, exclude=settings.exclude, train=settings.train)
-    configs = {canonical(name): config for name, config in plan.layers.items() if isinstance(config, LoRAConfig)}
+    configs = {canonical(name): config for name, config in plan.layers.items()}
     whole = {id(p) for path in plan.train for p in module.get_submodule(path).parameters()}
     trained = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in whole]
-    wanted = describe_loras(configs) | {"train": trained, "dropout": _dropouts(configs)}
+    wanted = describe_configs(configs) | {"train": trained, "dropout": _dropouts(configs)}
     found = finetune.description | {"train": finetune.trained, "dropout": _dropouts(finetune.configs)}
     if settings.quantization is None:
         wanted["quantization"] = "none"
@@ -181,5 +181,5 @@ def _tell(what: str, layers: Mapping[str, str]) -> None:
         rank_zero_info(f"LoRA: {what}: {listing(f'{name} ({reason})' for name, reason in layers.items())}")
 
 
-def _dropouts(configs: Mapping[str, LoRAConfig]) -> list[str]:
+def _dropouts(configs: Mapping[str, AdapterConfig]) -> list[str]:
     return sorted({f"{config.dropout:g}" for config in configs.values()})

@@ -16,8 +16,8 @@ from lightning_lora.model.layers import adapted_layers, replace
 from lightning_lora.model.merge import check_mergeable, merged
 from lightning_lora.model.parameters import adapter_state_keys, trained_outside_adapters
 from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.base import QuantizedLinear, stored_weight, weight_device
-from lightning_lora.nn.lora import LoRAConfig
 
 Owners = MutableMapping[Tensor, AdaptedLayer]
 """The adapted layer that each weight of the original model went into, by identity and without keeping it alive."""
@@ -57,10 +57,9 @@ class FineTune:
         self._sums: dict[AdaptedLayer, int] = {}
 
     @property
-    def configs(self) -> dict[str, LoRAConfig]:
+    def configs(self) -> dict[str, AdapterConfig]:
         """The config of each adapted layer."""
-        configs = {canonical(path): layer.adapter("default").config for path, layer in self.layers.items()}
-        return {path: config for path, config in configs.items() if isinstance(config, LoRAConfig)}
+        return {canonical(path): layer.adapter("default").config for path, layer in self.layers.items()}
 
     @property
     def dense(self) -> set[str]:

@@ -70,11 +70,10 @@ def _plan(module: LightningModule, description: Description) -> Plan:
             f"the checkpoint adapts {listing(absent)}, which {type(module).__name__} does not have. Build it with the "
             "arguments it was trained with"
         )
+    methods = {name: METHODS[_of(description, "method", name)] for name in description["targets"]}
     layers = {
-        live[name]: METHODS[_of(description, "method", name)](
-            **{field: _of(description, field, name) for field in ("r", "alpha", "scaling")}
-        )
-        for name in description["targets"]
+        live[name]: method(**{field: _of(description, field, name) for field in method.decisive})
+        for name, method in methods.items()
     }
     return Plan(layers=layers, train=tuple(live[name] for name in description["train"]))
 

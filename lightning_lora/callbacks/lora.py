@@ -29,9 +29,9 @@ from lightning_lora.callbacks.processes import require_sharded, spare_quantized_
 from lightning_lora.callbacks.progress import validation_follows
 from lightning_lora.callbacks.resume import Resumption, process_states, restore_random_state, tell_what_is_not_restored
 from lightning_lora.callbacks.settings import (
-    METHODS,
     OPTIMIZERS,
     Settings,
+    as_config,
     as_quantization,
     as_tuple,
     check_choice,
@@ -47,6 +47,7 @@ from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.targets import ALL_LINEAR
 from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.optim.lora_plus import check_rate
 from lightning_lora.optim.paged_adamw import page_again
 from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import check_references, rewrite_optimizers
@@ -73,20 +74,23 @@ class LoRACallback(Callback):
         alpha: Scaling numerator: the update is multiplied by ``alpha / r``, or ``alpha / sqrt(r)`` with
             ``scaling="rslora"``.
         dropout: Dropout probability on the adapters' input.
-        method: ``"lora"``.
+        method: ``"lora"``, ``"dora"``, ``"lora_fa"`` (``A`` stays as it was drawn) or ``"vera"`` (linear layers alone;
+            it has no ``alpha``, ``init`` or ``scaling``, and wants a high ``r`` such as 256).
         init: ``"kaiming"`` or ``"gaussian"``.
         scaling: ``"standard"`` or ``"rslora"``.
         exclude: Names or globs of layers to leave as they are.
         train: Names or globs of modules to train whole and save along, such as a new head.
         quantization: ``"nf4"``, an ``NF4Config``, or None for a base in its own precision (plain LoRA).
         optimizer: ``"paged_adamw_8bit"``, or None to keep the class ``configure_optimizers`` returns.
+        lr_ratio: The learning rate of every factor ``B`` is this multiple of what its optimizer group has (LoRA+, which
+            recommends 16); schedulers go on with both.
         merge: Whether to merge at the end of training.
         output_dir: Folder for the adapter (in PEFT's format) at the end of training and, with ``merge``, for the merged
             weights.
         adapter: Folder of a saved adapter to start from. Its rank, scaling and targets are used.
 
     Raises:
-        ValueError: If a value is none of the choices.
+        ValueError: If a value is none of the choices, or the method has no field for it.
     """
 
     def __init__(
@@ -103,15 +107,16 @@ class LoRACallback(Callback):
         train: str | Iterable[str] = (),
         quantization: str | NF4Config | None = "nf4",
         optimizer: str | None = "paged_adamw_8bit",
+        lr_ratio: float = 1.0,
         merge: bool = True,
         output_dir: str | Path | None = None,
         adapter: str | Path | None = None,
     ) -> None:
         super().__init__()
-        check_choice("method", method, METHODS)
         if optimizer is not None:
             check_choice("optimizer", optimizer, OPTIMIZERS)
-        config = METHODS[method](r=r, alpha=alpha, dropout=dropout, init=init, scaling=scaling)
+        check_rate("lr_ratio", lr_ratio)
+        config = as_config(method, r=r, alpha=alpha, dropout=dropout, init=init, scaling=scaling)
         self.settings = Settings(
             targets=with_configs(targets, config),
             config=config,
@@ -121,6 +126,7 @@ class LoRACallback(Callback):
             adapter=adapter,
         )
         self.paged_8bit = optimizer is not None
+        self.lr_ratio = lr_ratio
         self.merge = merge
         self.output_dir = output_dir
         self._begin()
@@ -312,7 +318,12 @@ class LoRACallback(Callback):
         finetune = FINETUNES[module]
         finetune.thaw(module)  # configure_optimizers may have unfrozen the base, as a full fine-tune's does
         strategy.optimizers = rewrite_optimizers(
-            module, built, schedulers, paged_8bit=self.paged_8bit, owners=finetune.owners
+            module,
+            built,
+            schedulers,
+            paged_8bit=self.paged_8bit,
+            lr_ratio=self.lr_ratio,
+            owners=finetune.owners,
         )
         if not module.automatic_optimization:
             check_references(module, built, strategy.optimizers)

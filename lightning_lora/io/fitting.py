@@ -9,7 +9,7 @@ from torch import nn
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import peft
 from lightning_lora.io.adapter_file import CONFIG, WEIGHTS, AdapterFile
-from lightning_lora.io.description import describe, describe_loras, differences
+from lightning_lora.io.description import describe, describe_configs, differences
 from lightning_lora.io.keys import PREFIX, canonical, leaves, shape_on_disk
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.parameters import trained_modules
@@ -54,7 +54,7 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
             raise AdapterError(f"{WEIGHTS} holds layers that {CONFIG} does not name: {listing(extra)}")
     configs = peft.from_peft(file.settings, file.adapters)
     if file.metadata is not None:
-        apart = differences(file.metadata, describe_loras(configs))
+        apart = differences(file.metadata, describe_configs(configs))
         if apart:
             raise AdapterError(
                 f"{CONFIG} and the header of {WEIGHTS} disagree, one was changed or they are of two saves: "
@@ -72,7 +72,7 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
 def require_same(model: nn.Module, plan: Plan, name: str) -> None:
     """Raise ``AdapterError`` unless adapter ``name`` of the model is of the same kind as the planned one."""
     here = describe(model, name) | {"train": _keys_of(model, trained_modules(model, name))}
-    theirs = describe_loras({canonical(p): c for p, c in plan.layers.items() if isinstance(c, LoRAConfig)})
+    theirs = describe_configs({canonical(p): c for p, c in plan.layers.items() if isinstance(c, LoRAConfig)})
     apart = differences(theirs | {"train": _keys_of(model, plan.train)}, here)
     if apart:
         raise AdapterError(f"the model already has an adapter {name!r} of another kind: {'; '.join(apart)}")

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lightning_lora.errors import AdapterError, listing
 from lightning_lora.model.layers import replace, require_adapters
 from lightning_lora.model.parameters import unmark_trained
+from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.base import share_hooks
 
 
@@ -16,9 +18,13 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
     """Let the named adapters compute and be trained, in that order, and no others; returns the model.
 
     Raises:
-        AdapterError: If the model has no adapter of one of the names; nothing changes then.
+        AdapterError: If the model has no adapter of one of the names, or if two of them cannot compute together;
+            nothing changes then.
     """
-    for layer in require_adapters(model, *names).values():
+    layers = require_adapters(model, *names)
+    for path, layer in layers.items():
+        _check_together(path, layer, [name for name in names if name in layer.adapters])
+    for layer in layers.values():
         layer.active = tuple(name for name in names if name in layer.adapters)
         for name, adapter in layer.adapters.items():
             adapter.requires_grad_(name in layer.active)
@@ -56,3 +62,13 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     replace(model, bare)
     unmark_trained(model, name)
     return model
+
+
+def _check_together(path: str, layer: AdaptedLayer, names: list[str]) -> None:
+    alone = [name for name in names if not layer.adapter(name).additive]
+    if alone and len(names) > 1:
+        method = layer.adapter(alone[0]).config.method
+        raise AdapterError(
+            f"{listing(names)} cannot be active together on {path}: {alone[0]!r} is {method}, which rescales the whole "
+            "weight, so what they compute would depend on their order. Activate one of them, or merge one first"
+        )

@@ -22,6 +22,13 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from (p for p in layer.adapter(name).parameters() if p.requires_grad)
 
 
+def up_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the factors ``B`` of every adapter, active or not."""
+    for layer in require_adapters(model).values():
+        for adapter in map(layer.adapter, layer.adapters):
+            yield from (adapter.get_parameter(name) for name in adapter.up)
+
+
 def adapter_state_keys(model: nn.Module, name: str = "default") -> list[str]:
     """Names, in ``model.state_dict()``, of all that a fine-tune changes.
 

@@ -23,6 +23,12 @@ class Adapter(nn.Module, ABC):
     linear layers (quantizers, sharding policies, another injection) finds the adapter itself.
     """
 
+    additive: ClassVar[bool] = True
+    """Whether it adds to the output so far and to the weight so far the same, whatever other adapters did to them."""
+
+    up: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters to which LoRA+ gives a learning rate of their own: the factor ``B``."""
+
     config: AdapterConfig
     kind: Kind
 
@@ -53,6 +59,9 @@ class Adapter(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw the starting values, also after the parameters were materialized from the meta device."""
 
+    def rebase(self, before: nn.Module, after: nn.Module) -> None:
+        """Adjust to a base layer that was just replaced, as quantizing does, by one of slightly other weights."""
+
 
 def _in_full_precision(before: Tensor, after: Tensor) -> Tensor:
     shrunk = before.dtype == torch.float32 and after.dtype in (torch.bfloat16, torch.float16)
@@ -63,6 +72,12 @@ class AdapterConfig(ABC):
     """A method with its hyperparameters: a frozen value, valid as soon as it exists."""
 
     method: ClassVar[str]
+
+    decisive: ClassVar[tuple[str, ...]] = ()
+    """Names of the fields that decide what saved tensors mean: with other values they are another function."""
+
+    dropout: float = 0.0
+    """Probability of zeroing an element of the input while training; a field where the method has it."""
 
     @abstractmethod
     def check(self, kind: Kind) -> None:

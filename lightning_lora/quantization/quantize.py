@@ -61,6 +61,8 @@ def quantize(
             quantized.hold_as_parameters()
         if device is not None:
             layer.adapters.to(device)
+        for name in layer.adapters:
+            layer.adapter(name).rebase(base, quantized)
     return model
 
 
