@@ -124,7 +124,7 @@ class VeRA(Adapter):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VeRA:
         # Moving or casting a module moves each of its tensors by itself, and every layer would end up with its own.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self._share_projections()
         return self
 
