@@ -70,17 +70,18 @@ class DoRA(Adapter):
         if self.training and self.config.dropout > 0:
             x = self.kind.drop(x, self.config.dropout)
         z = self.kind.add_low_rank(y, x, self.lora_A, self.lora_B, self.config.scale)
-        # b + f (z - b) as z + (1 - f) (b - z): in half precision f itself would round to 1.
-        rest = self.kind.along_outputs(-self._gain(self.norms(base_layer)).to(z.dtype), z)
-        bias = layer_bias(base_layer)
-        fixed = z.new_zeros(()) if bias is None else self.kind.along_outputs(bias.to(z.dtype), z)
-        return torch.lerp(z, fixed, rest)
+        factor, bias = self._factor(self.norms(base_layer)), layer_bias(base_layer)
+        # The factor is not rounded to half precision, where there is nothing between 1 and 1.0078; z is saved in it.
+        scaled = self.kind.along_outputs(factor, z) * z
+        if bias is not None:
+            scaled = scaled + self.kind.along_outputs((1 - factor) * bias, z)
+        return scaled.to(z.dtype)
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return ``m/||V|| V`` in ``weight``'s dtype; ``weight`` has to be the base's own."""
         V = self.kind.to_matrix(weight) + delta(self.lora_A, self.lora_B, self.config.scale, weight.dtype)
         norms = torch.linalg.vector_norm(V.detach(), dim=1).to(self.lora_magnitude_vector.dtype)
-        return self.kind.from_matrix(V * (1 + self._gain(norms).to(V.dtype)).unsqueeze(1))
+        return self.kind.from_matrix(V * self._factor(norms).to(V.dtype).unsqueeze(1))
 
     def norms(self, base_layer: nn.Module) -> Tensor:
         """Return ``||V||`` of each row, of shape ``(O,)`` and in ``m``'s dtype, without gradient.
@@ -108,7 +109,7 @@ class DoRA(Adapter):
     @torch.no_grad()
     def rebase(self, before: nn.Module, after: nn.Module) -> None:
         """Keep ``m/||V||``: rows of a quantized weight have other lengths, and a fresh DoRA must change nothing."""
-        factor = 1 + self._gain(self._measured(before))
+        factor = self._factor(self._measured(before))
         self._norms.forget()
         self.lora_magnitude_vector.copy_(factor * self._measured(after))
 
@@ -123,8 +124,9 @@ class DoRA(Adapter):
         norms = row_norms(self.kind.to_matrix(weight), self.lora_A, self.lora_B, self.config.scale)
         return norms.to(self.lora_magnitude_vector.dtype)  # rounded alike, so that m/||V|| starts at exactly 1
 
-    def _gain(self, norms: Tensor) -> Tensor:
-        """``m/||V|| - 1``, and 0 where a row is zero."""
+    def _factor(self, norms: Tensor) -> Tensor:
+        """``m/||V||`` in ``float32`` at least, and 1 where a row is zero."""
+        dtype = torch.promote_types(norms.dtype, torch.float32)
         has_direction = norms > 0
-        gain = self.lora_magnitude_vector / torch.where(has_direction, norms, 1) - 1
-        return torch.where(has_direction, gain, 0)
+        factor = self.lora_magnitude_vector.to(dtype) / torch.where(has_direction, norms, 1).to(dtype)
+        return torch.where(has_direction, factor, 1)
