@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -12,6 +13,7 @@ from lightning_lora.callbacks.averaging import weights_in
 from lightning_lora.callbacks.finetune import FineTune
 from lightning_lora.errors import CheckpointError, listing
 from lightning_lora.io.description import differences
+from lightning_lora.io.fingerprint import compare
 from lightning_lora.io.keys import canonical
 from lightning_lora.optim.report import class_name
 
@@ -28,7 +30,10 @@ def reduce_checkpoint(checkpoint: dict[str, Any], finetune: FineTune, optimizers
         if holder[key]:  # where weights are gathered from several processes, all but the first hold none
             available = {**finetune.state(), **holder[key]}
             holder[key] = {canonical(name): available[name] for name in finetune.keys}
-    entry |= finetune.description | {"optimizers": [class_name(optimizer) for optimizer in optimizers]}
+    entry |= finetune.description | {
+        "base_fingerprint": finetune.base_fingerprint,
+        "optimizers": [class_name(optimizer) for optimizer in optimizers],
+    }
 
 
 def complete_checkpoint(checkpoint: dict[str, Any], finetune: FineTune, module: nn.Module) -> None:
@@ -58,6 +63,30 @@ def check_belongs(checkpoint: Mapping[str, Any], finetune: FineTune) -> None:
     if apart:
         raise CheckpointError(
             f"this checkpoint belongs to another fine-tune: {'; '.join(apart)}. Set the callback to the same values"
+        )
+    check_base(checkpoint[KEY], finetune)
+
+
+def check_base(description: Mapping[str, Any], finetune: FineTune) -> None:
+    """Raise ``CheckpointError`` if the adapters of a checkpoint were trained over other weights than the module's.
+
+    Among these are the module's own after a merge: the update would be added a second time.
+    """
+    if "base_fingerprint" not in description:
+        rank_zero_info("LoRA: the checkpoint does not say over which base it was trained, so this is not checked")
+        return
+    try:
+        found = compare(description["base_fingerprint"], finetune.named_layers, finetune.base_fingerprint)
+    except ValueError as error:
+        raise CheckpointError(f"this checkpoint is damaged: {error}") from None
+    if found.unchecked:
+        reasons = listing(f"{path} ({why})" for path, why in found.unchecked.items())
+        rank_zero_info(f"LoRA: whether the base is the one trained on could not be checked in {reasons}")
+    if found.differ:
+        raise CheckpointError(
+            f"this checkpoint belongs to another base model: {found}. Build the module with the weights it was trained "
+            "on; a module whose adapters were merged is no longer that base. To start anew from trained adapters, save "
+            "them as a folder, and load_adapter(model, folder, allow_base_mismatch=True)"
         )
 
 

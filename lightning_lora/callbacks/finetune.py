@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from functools import cached_property
 from os import PathLike
 from weakref import WeakKeyDictionary
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.io.description import Description, describe
+from lightning_lora.io.fingerprint import Saved, base_fingerprint, to_json
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.checksum import bit_sum
 from lightning_lora.model.layers import adapted_layers, replace
@@ -55,6 +57,20 @@ class FineTune:
         self.trainable = {canonical(name) for name, parameter in named if parameter.requires_grad}
         self._merged: dict[AdaptedLayer, nn.Module] = {}
         self._sums: dict[AdaptedLayer, int] = {}
+
+    @cached_property
+    def base_fingerprint(self) -> Saved:
+        """Which base this is, by the weights under the adapters from before they were quantized; taken once.
+
+        In a run these weights are frozen, and only a cast of the Trainer's (``bf16-true``) can come before this is
+        asked for: it is compared as a cast.
+        """
+        return to_json(base_fingerprint(self.named_layers))
+
+    @property
+    def named_layers(self) -> dict[str, AdaptedLayer]:
+        """The adapted layers by the names a checkpoint has."""
+        return {canonical(path): layer for path, layer in self.layers.items()}
 
     @property
     def configs(self) -> dict[str, AdapterConfig]:

@@ -28,6 +28,7 @@ from lightning_lora.callbacks.interruption import keep_interrupted_run
 from lightning_lora.callbacks.processes import require_sharded, spare_quantized_buffers
 from lightning_lora.callbacks.progress import validation_follows
 from lightning_lora.callbacks.resume import Resumption, process_states, restore_random_state, tell_what_is_not_restored
+from lightning_lora.callbacks.saving import ON_SAVE_ERROR, guard_saves, told
 from lightning_lora.callbacks.settings import (
     OPTIMIZERS,
     Settings,
@@ -88,6 +89,8 @@ class LoRACallback(Callback):
         output_dir: Folder for the adapter (in PEFT's format) at the end of training and, with ``merge``, for the merged
             weights.
         adapter: Folder of a saved adapter to start from. Its rank, scaling and targets are used.
+        on_save_error: What to do when a checkpoint cannot be written (a full disk): ``"raise"``, or ``"warn"`` and go
+            on training; the last good checkpoint stays in either case.
 
     Raises:
         ValueError: If a value is none of the choices, or the method has no field for it.
@@ -111,8 +114,10 @@ class LoRACallback(Callback):
         merge: bool = True,
         output_dir: str | Path | None = None,
         adapter: str | Path | None = None,
+        on_save_error: str = "raise",
     ) -> None:
         super().__init__()
+        check_choice("on_save_error", on_save_error, ON_SAVE_ERROR)
         if optimizer is not None:
             check_choice("optimizer", optimizer, OPTIMIZERS)
         check_rate("lr_ratio", lr_ratio)
@@ -129,6 +134,7 @@ class LoRACallback(Callback):
         self.lr_ratio = lr_ratio
         self.merge = merge
         self.output_dir = output_dir
+        self.on_save_error = on_save_error
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,9 +177,7 @@ class LoRACallback(Callback):
             self._arrange_loading(trainer, pl_module)
         # The one method every checkpoint passes through, also with save_weights_only, which skips the hooks of
         # callbacks. It stays wrapped after teardown: trainer.save_checkpoint may be called then.
-        if not getattr(strategy, "_lightning_lora_saves", False):
-            strategy._lightning_lora_saves = True  # type: ignore[attr-defined]
-            wrap(strategy, "save_checkpoint", before=lambda checkpoint, *_, **__: _before_save(trainer, checkpoint))
+        guard_saves(strategy, lambda checkpoint: _before_save(trainer, checkpoint), self.on_save_error)
         self._undo.append(
             wrap(pl_module, "configure_model", after=lambda: self._after_configure_model(trainer, pl_module))
         )
@@ -344,11 +348,13 @@ class LoRACallback(Callback):
             return
         root = network(module)
         if self.output_dir is not None and trainer.is_global_zero:
-            save_adapter(root, self.output_dir)
+            with told(self.output_dir, self.on_save_error):
+                save_adapter(root, self.output_dir)
         if self.merge:
             FINETUNES[module].merge(module)
             if self.output_dir is not None and trainer.is_global_zero:
-                save_merged(root, self.output_dir)
+                with told(self.output_dir, self.on_save_error):
+                    save_merged(root, self.output_dir)
 
     def _release(self) -> None:
         while self._undo:

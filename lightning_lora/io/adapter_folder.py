@@ -13,7 +13,8 @@ from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import adapter_file, peft
 from lightning_lora.io.adapter_file import AdapterFile
 from lightning_lora.io.description import describe
-from lightning_lora.io.fitting import plan_for, require_same
+from lightning_lora.io.fingerprint import base_fingerprint, to_json
+from lightning_lora.io.fitting import check_base, plan_for, require_same
 from lightning_lora.io.keys import PREFIX, adapter_key, canonical, leaves, shape_on_disk, trained_key
 from lightning_lora.model.inject import apply, check_name
 from lightning_lora.model.layers import adapted_layers, require_adapters
@@ -28,7 +29,8 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
     """Write adapter ``name`` and the modules trained along with it to a folder that PEFT can load.
 
     Layers are named as in ``model``: pass the module you will load the adapter into. Each file is complete or absent,
-    and a reader of ours notices if the two are from different saves.
+    and a reader of ours notices if the two are from different saves, if a byte of a tensor has changed, and if the
+    adapter is loaded over other base weights.
 
     Raises:
         AdapterError: If there is no such adapter, if it holds NaN, or if the format cannot hold it.
@@ -48,7 +50,11 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
             f"NaN or infinity in {listing(broken)}; not written. The training diverged: go back to an earlier "
             "checkpoint"
         )
-    adapter_file.write(Path(path), tensors, settings, describe(model, name))
+    metadata = describe(model, name) | {
+        "dropout": settings["lora_dropout"],
+        "base_fingerprint": to_json(base_fingerprint({canonical(path): layer for path, layer in layers.items()})),
+    }
+    adapter_file.write(Path(path), tensors, settings, metadata)
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -75,20 +81,25 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     return found
 
 
-def load_adapter(model: nn.Module, path: str | PathLike[str], name: str | None = None) -> nn.Module:
+def load_adapter(
+    model: nn.Module, path: str | PathLike[str], name: str | None = None, *, allow_base_mismatch: bool = False
+) -> nn.Module:
     """Load an adapter folder, ours or PEFT's, into ``model``, in place, and return the model.
 
     The adapter is injected if the model has none of that name, with the rank, scaling and targets of the file;
-    otherwise it has to match the one that is there. Everything is checked before anything changes.
+    otherwise it has to match the one that is there. Everything is checked before anything changes: the files, the
+    header against the model, the base model against the fingerprint in the header, and only then the tensors, which
+    have to be those that were written. What a file by another program cannot say is not checked, and logged.
 
     Args:
         model: The base model the adapter was trained on, plain or with adapters.
         path: The folder.
         name: What to call the adapter here; None means ``"default"``.
+        allow_base_mismatch: Whether to load it over weights that are not those it was trained on, e.g. a newer base.
 
     Raises:
-        AdapterError: If the folder is not there, damaged, a pickle, or does not fit the model; the message names the
-            file and the key.
+        AdapterError: If the folder is not there, damaged, a pickle, or does not fit the model or its weights; the
+            message names the file and the key.
         TargetError: If a layer of the model cannot be adapted.
     """
     name = "default" if name is None else name
@@ -97,10 +108,12 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], name: str | None =
     try:
         file = adapter_file.read(folder)
         plan = plan_for(model, file)
-        present = adapted_layers(model).values()
-        if any(name in layer.adapters for layer in present):
+        present = any(name in layer.adapters for layer in adapted_layers(model).values())
+        if present:
             require_same(model, plan, name)
-        else:
+        check_base(model, plan, file, folder, allow_mismatch=allow_base_mismatch)
+        file = adapter_file.load(folder, file)
+        if not present:
             apply(model, plan, name=name)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from torch import nn
 
@@ -10,7 +11,9 @@ from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import peft
 from lightning_lora.io.adapter_file import CONFIG, WEIGHTS, AdapterFile
 from lightning_lora.io.description import describe, describe_configs, differences
+from lightning_lora.io.fingerprint import compare
 from lightning_lora.io.keys import PREFIX, canonical, leaves, shape_on_disk
+from lightning_lora.io.notes import tell
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.targets import Plan
@@ -54,7 +57,8 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
             raise AdapterError(f"{WEIGHTS} holds layers that {CONFIG} does not name: {listing(extra)}")
     configs = peft.from_peft(file.settings, file.adapters)
     if file.metadata is not None:
-        apart = differences(file.metadata, describe_configs(configs))
+        dropout = float(file.settings.get("lora_dropout") or 0.0)
+        apart = differences(file.metadata, describe_configs(configs) | {"dropout": dropout})
         if apart:
             raise AdapterError(
                 f"{CONFIG} and the header of {WEIGHTS} disagree, one was changed or they are of two saves: "
@@ -76,6 +80,33 @@ def require_same(model: nn.Module, plan: Plan, name: str) -> None:
     apart = differences(theirs | {"train": _keys_of(model, plan.train)}, here)
     if apart:
         raise AdapterError(f"the model already has an adapter {name!r} of another kind: {'; '.join(apart)}")
+
+
+def check_base(model: nn.Module, plan: Plan, file: AdapterFile, folder: Path, *, allow_mismatch: bool) -> None:
+    """Compare the weights under the planned adapter with those it was trained on; log what cannot be compared.
+
+    Raises:
+        AdapterError: If they are others, and that is not allowed; the message names the layers.
+    """
+    if file.metadata is None:
+        tell(
+            f"{folder}: no header by lightning_lora, so neither tensors nor base model could be checked against "
+            "what was saved"
+        )
+        return
+    layers = {canonical(path): model.get_submodule(path) for path in plan.layers}
+    try:
+        found = compare(file.metadata.get("base_fingerprint"), layers)
+    except ValueError as error:
+        raise AdapterError(f"{WEIGHTS} has a damaged header: {error}") from None
+    if found.unchecked:
+        reasons = listing(f"{path} ({why})" for path, why in found.unchecked.items())
+        tell(f"{folder}: whether the base is the one trained on could not be checked in {reasons}")
+    if found.differ and not allow_mismatch:
+        raise AdapterError(
+            f"{found}. Load the adapter into the base it was trained on (casting it afterwards is fine), or pass "
+            "allow_base_mismatch=True"
+        )
 
 
 def _is_adaptable(module: nn.Module) -> bool:

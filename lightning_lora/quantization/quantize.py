@@ -12,7 +12,8 @@ from lightning_lora.errors import QuantizationError, listing
 from lightning_lora.model.layers import require_adapters
 from lightning_lora.model.merge import is_finite
 from lightning_lora.nn.adapted import AdaptedLayer
-from lightning_lora.nn.base import QuantizedLinear, adopter_of
+from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
+from lightning_lora.nn.fingerprint import fingerprints
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.nf4 import NF4Linear
 
@@ -53,10 +54,13 @@ def quantize(
     dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear)}
     chosen = {name: layer for name, layer in dense.items() if name not in kept}
     _check_weights(chosen)
-    for layer in chosen.values():
+    origins = fingerprints({name: stored_weight(layer.base_layer) for name, layer in chosen.items()})
+    for name, layer in chosen.items():
         base = layer.base_layer
         assert isinstance(base, nn.Linear)
         layer.base_layer = quantized = NF4Linear.from_linear(base if device is None else base.to(device), config)
+        if name in origins:  # the dense weight is gone from here on, and files tell by it which base they belong to
+            quantized.remember(origins[name])
         if hold == "parameters":
             quantized.hold_as_parameters()
         if device is not None:

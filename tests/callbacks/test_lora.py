@@ -73,11 +73,18 @@ def test_a_fit_trains_the_adapters_alone_and_merges(module, trainer, quantizatio
         assert relative_difference(module.eval()(TOKENS), watch.logits) <= 1e-5  # fp32, another order of summation
 
 
+def same_module() -> Module:
+    """What the fixture gives, built anew as in another process."""
+    torch.manual_seed(0)
+    return Module()
+
+
 class InSetup(Module):
     def __init__(self):
         super().__init__(nn.Identity())
 
     def setup(self, stage):
+        torch.manual_seed(0)  # as if the weights of a base were loaded here
         self.net = Net()
 
 
@@ -262,7 +269,9 @@ def test_a_checkpoint_of_another_fine_tune_is_refused_naming_both(module, traine
     run = trainer(LoRACallback(r=4), max_epochs=1)
     run.fit(module, loader())
     with pytest.raises(CheckpointError, match=said):
-        trainer(LoRACallback(**settings)).fit(Module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path)
+        trainer(LoRACallback(**settings)).fit(
+            same_module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path
+        )
 
 
 def test_a_full_checkpoint_is_refused_with_the_way_to_load_it(module, trainer, tmp_path):
@@ -650,7 +659,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_naming_both(module, traine
     second = None if first else "paged_adamw_8bit"
     with pytest.raises(CheckpointError, match=r"holds the state of .*AdamW.*, this run uses .*AdamW"):
         trainer(LoRACallback(r=4, optimizer=second)).fit(
-            Module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path
+            same_module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path
         )
 
 
@@ -669,7 +678,7 @@ def test_a_failed_test_leaves_the_module_merged(module, trainer):
 def test_numbers_from_numpy_can_be_saved_and_resumed(module, trainer):
     run = trainer(LoRACallback(r=np.int64(4), alpha=np.float32(8)), max_epochs=1)
     run.fit(module, loader())
-    trainer(LoRACallback(r=4, alpha=8)).fit(Module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path)
+    trainer(LoRACallback(r=4, alpha=8)).fit(same_module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", None])
