@@ -14,6 +14,7 @@ from tests.optim.test_rewrite import SCHEDULERS
 RATIO = 16.0
 MORE = {
     "cyclic": lambda o: lr_scheduler.CyclicLR(o, [0.01, 0.02], [0.1, 0.05], step_size_up=3, cycle_momentum=False),
+    "plateau with a floor": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.3, patience=0, min_lr=[0.02, 0.01]),
     "step": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
     "polynomial": lambda o: lr_scheduler.PolynomialLR(o, 10, 2.0),
     "warm restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
