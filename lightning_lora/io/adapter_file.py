@@ -47,8 +47,8 @@ _SAFETENSORS_DTYPES = {
 }
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PICKLE = (
-    "holds a pickle, which can run code when it is read; refused. Convert it, by a reader that runs none: "
-    "lightning-lora convert PATH --out FOLDER"
+    "holds a pickle, which can run code when it is read; refused. In a place you trust, convert it: "
+    "safetensors.torch.save_file(torch.load(file, weights_only=True), 'adapter_model.safetensors')"
 )
 
 
