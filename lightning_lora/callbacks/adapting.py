@@ -15,7 +15,7 @@ from lightning_lora.callbacks.processes import is_sharded, require_equal_bases
 from lightning_lora.callbacks.settings import Settings
 from lightning_lora.errors import AdapterError, TargetError, UnsupportedError, listing
 from lightning_lora.io.adapter_folder import load_adapter
-from lightning_lora.io.description import describe_loras, differences
+from lightning_lora.io.description import describe_loras, describe_starts, differences
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
@@ -26,7 +26,7 @@ from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
 from lightning_lora.nn.kinds import has_kind
 from lightning_lora.nn.lora import LoRAConfig
-from lightning_lora.quantization.quantize import check_quantizable, quantize
+from lightning_lora.quantization.quantize import check_quantizable, quantize, refuse_unfitted
 
 
 def adapt(module: LightningModule, settings: Settings, *, device: torch.device, training: bool) -> FineTune:
@@ -86,13 +86,20 @@ def _inject(module: LightningModule, settings: Settings, device: torch.device) -
     else:
         plan = resolve(module, settings.targets, settings.config, exclude=settings.exclude, train=settings.train)
         _check_base(module, plan, settings, where)
-        apply(module, plan)
+        apply(module, plan, device=where)
         _tell("left as they are", plan.left)
     owners = _owners(module)
     if settings.quantization is not None:
         _tell("not quantized", check_quantizable(adapted_layers(module), where))
         quantize(module, settings.quantization, device=where)
+        require_equal_bases(_taken_off(module))
     return owners
+
+
+def _taken_off(module: nn.Module) -> dict[str, Tensor]:
+    """The bits of what the bases were quantized without."""
+    buffers = dict(module.named_buffers())
+    return {name: bits for name, bits in buffers.items() if name.endswith((".taken_A", ".taken_B"))}
 
 
 def _owners(module: nn.Module) -> Owners:
@@ -134,7 +141,7 @@ def _check_base(module: LightningModule, plan: Plan, settings: Settings, device:
                 f"the base weight of {name} holds NaN or infinity. Mend the base model, or exclude={name!r}"
             )
     if settings.quantization is not None:
-        check_quantizable(layers, device)
+        refuse_unfitted(plan.layers, check_quantizable(layers, device))
         require_equal_bases(weights)
 
 
@@ -151,7 +158,13 @@ def _require_same(module: LightningModule, settings: Settings, finetune: FineTun
     configs = {canonical(name): config for name, config in plan.layers.items() if isinstance(config, LoRAConfig)}
     whole = {id(p) for path in plan.train for p in module.get_submodule(path).parameters()}
     trained = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in whole]
-    wanted = describe_loras(configs) | {"train": trained, "dropout": _dropouts(configs)}
+    configs |= {  # EVA has chosen their ranks
+        name: found
+        for name, found in finetune.configs.items()
+        if found.init == "eva" and name in configs and configs[name].init == "eva"
+    }
+    wanted = describe_loras(configs) | describe_starts(configs)
+    wanted |= {"train": trained, "dropout": _dropouts(configs)}
     found = finetune.description | {"train": finetune.trained, "dropout": _dropouts(finetune.configs)}
     if settings.quantization is None:
         wanted["quantization"] = "none"

@@ -12,28 +12,35 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import adapter_file, peft
 from lightning_lora.io.adapter_file import AdapterFile
-from lightning_lora.io.description import describe
+from lightning_lora.io.description import describe, describe_loras
 from lightning_lora.io.fitting import plan_for, require_same
 from lightning_lora.io.keys import PREFIX, adapter_key, canonical, trained_key
 from lightning_lora.model.inject import apply, check_name
-from lightning_lora.model.layers import adapted_layers, require_adapters
+from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.merge import is_finite
-from lightning_lora.model.parameters import adapter_tensors, trained_modules, trained_outside_adapters
+from lightning_lora.model.parameters import (
+    adapter_tensors,
+    plain_adapters,
+    trained_modules,
+    trained_outside_adapters,
+)
+from lightning_lora.nn.lora import LoRAConfig
 
 
 def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "default") -> None:
     """Write adapter ``name`` and the modules trained along with it to a folder that PEFT can load.
 
     Layers are named as in ``model``: pass the module you will load the adapter into. Each file is complete or absent,
-    and a reader of ours notices if the two are from different saves.
+    and a reader of ours notices if the two are from different saves. An adapter that started in the base weight (PiSSA,
+    OLoRA, LoftQ) is written as the plain LoRA of twice its rank that makes the same change to the original base.
 
     Raises:
         AdapterError: If there is no such adapter, if it holds NaN, or if the format cannot hold it.
         OSError: If the folder cannot be written; an adapter that was there before is untouched.
     """
-    layers = {path: layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
+    configs = {canonical(path): adapter.config for path, adapter in plain_adapters(model, name).items()}
     settings = peft.to_peft(
-        {canonical(path): layer.adapter(name).config for path, layer in layers.items()},
+        configs,
         names=_module_names(model),
         train=map(canonical, trained_modules(model, name)),
     )
@@ -44,7 +51,8 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
             f"NaN or infinity in {listing(broken)}; not written. The training diverged: go back to an earlier "
             "checkpoint"
         )
-    adapter_file.write(Path(path), tensors, settings, describe(model, name))
+    loras = {path: config for path, config in configs.items() if isinstance(config, LoRAConfig)}
+    adapter_file.write(Path(path), tensors, settings, describe(model, name) | describe_loras(loras))
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

@@ -15,6 +15,9 @@ from lightning_lora.nn.lora import LoRAConfig
 
 VERSION = 1
 
+BASE = "base"
+"""The start of an adapter whose ``B A`` is zero, whatever its init: training starts at the base model."""
+
 Description = dict[str, Any]
 
 
@@ -22,17 +25,19 @@ def describe(model: nn.Module, name: str = "default") -> Description:
     """Describe adapter ``name`` of ``model``.
 
     Returns:
-        ``version``, ``method``, ``r``, ``alpha``, ``scaling`` (each one value, or a mapping from layer to value where
-        layers differ), ``targets`` (adapted layers), ``train`` (modules trained whole) and ``quantization`` (how the
-        base is stored).
+        ``version``, ``method``, ``r``, ``alpha``, ``scaling``, ``start`` (each one value, or a mapping from layer to
+        value where layers differ), ``targets`` (adapted layers), ``train`` (modules trained whole) and ``quantization``
+        (how the base is stored).
     """
     layers = {canonical(path): layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
     configs = {path: layer.adapter(name).config for path, layer in layers.items()}
     stored = {path: _storage(layer.base_layer) for path, layer in layers.items()}
+    loras = {path: config for path, config in configs.items() if isinstance(config, LoRAConfig)}
     return {
         "version": VERSION,
         "method": _collapse({path: config.method for path, config in configs.items()}),
-        **describe_loras({path: config for path, config in configs.items() if isinstance(config, LoRAConfig)}),
+        **describe_loras(loras),
+        **describe_starts(loras),
         "train": sorted(map(canonical, trained_modules(model, name))),
         "quantization": _collapse(stored),
     }
@@ -46,6 +51,15 @@ def describe_loras(configs: Mapping[str, LoRAConfig]) -> Description:
         "scaling": _collapse({path: config.scaling for path, config in configs.items()}),
         "targets": sorted(configs),
     }
+
+
+def describe_starts(configs: Mapping[str, LoRAConfig]) -> Description:
+    """``start``: the init of adapters that carry a part of the base weight as their start, else ``"base"``."""
+    carried = {
+        path: config.init if config.starts_from in ("weight", "quantization") else BASE
+        for path, config in configs.items()
+    }
+    return {"start": _collapse(carried)} if carried else {}
 
 
 def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
