@@ -339,7 +339,9 @@ def _require_values(matrix: Tensor, init: str) -> None:
 
 
 def _bits(factor: Tensor) -> Tensor:
-    return factor.contiguous().view(torch.int64 if factor.dtype == torch.float64 else torch.int32)
+    bits = torch.int64 if factor.dtype == torch.float64 else torch.int32
+    # Cloned: torch.save refuses two tensors that share memory as different types.
+    return factor.clone(memory_format=torch.contiguous_format).view(bits)
 
 
 def _floats(bits: Tensor) -> Tensor:

@@ -134,6 +134,20 @@ def test_output_and_gradients_equal_the_closed_form(layer, init):
     assert relative_difference(model(x), expected) <= 1e-12
 
 
+@pytest.mark.parametrize("init", IN_WEIGHT)
+@pytest.mark.parametrize("r", [2, 7])  # twice 7 is more than the full rank
+def test_a_plain_adapter_makes_the_same_change_to_the_same_base(layer, init, r):
+    base, x = layer[0].to(F64), layer[1].to(F64)
+    before = base(x)
+    model = randomize(adapted(copy.deepcopy(base), init, r), std=0.3)
+    adapter = model[0].adapter("default")
+    plain = adapter.plain()
+    assert plain.config.r == min(2 * r, adapter.kind.in_features, adapter.kind.out_features)
+    assert set(plain.state_dict()) == {"lora_A", "lora_B"}
+    assert relative_difference(plain(x, before, base), model(x)) <= 1e-12
+    assert plain.plain() is plain
+
+
 @pytest.mark.parametrize("init", ["orthogonal", *IN_WEIGHT])
 def test_training_moves_the_adapter_and_leaves_the_base_bit_identical(layer, init):
     base, x = layer
