@@ -117,6 +117,14 @@ def _dense_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def _check_base(module: LightningModule, plan: Plan, settings: Settings, device: torch.device | None) -> None:
     """See that the base can be trained on, and quantized if it is to be, before anything is changed."""
+    from_data = [name for name, config in plan.layers.items() if config.starts_from == "data"]
+    if from_data:
+        raise UnsupportedError(
+            f"init='eva' starts {listing(from_data)} from data, and to run the module on it before the fit would touch "
+            "its metrics and logs. Do it before fit, with the callback's own values: inject(module, config=LoRAConfig("
+            "init='eva', r=...)); initialize_eva(module, batches, forward=...); with quantization, quantize(module). "
+            "To resume, start from module = load_from_checkpoint(...)"
+        )
     layers = {name: module.get_submodule(name) for name in plan.layers}
     weights = {
         name: stored_weight(layer).detach()

@@ -15,7 +15,7 @@ from lightning_lora.callbacks.checkpoints import KEY, complete_checkpoint
 from lightning_lora.callbacks.finetune import FINETUNES, FineTune
 from lightning_lora.callbacks.settings import METHODS
 from lightning_lora.errors import CheckpointError, listing
-from lightning_lora.io.description import BASE, Description
+from lightning_lora.io.description import CHANCE, Description
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
@@ -84,9 +84,9 @@ def _plan(module: LightningModule, description: Description) -> Plan:
 
 
 def _init(description: Description, layer: str) -> str:
-    """The init of an adapter that carries its start; that of others does not matter any more."""
-    start = str(_of(description, "start", layer)) if "start" in description else BASE
-    return "kaiming" if start == BASE else start
+    """The init of an adapter whose start was computed; how that of others was drawn does not matter any more."""
+    start = str(_of(description, "start", layer)) if "start" in description else CHANCE
+    return "kaiming" if start == CHANCE else start
 
 
 def _resume(module: LightningModule, state: Mapping[str, Tensor]) -> None:

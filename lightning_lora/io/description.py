@@ -15,8 +15,8 @@ from lightning_lora.nn.lora import LoRAConfig
 
 VERSION = 1
 
-BASE = "base"
-"""The start of an adapter whose ``B A`` is zero, whatever its init: training starts at the base model."""
+CHANCE = "chance"
+"""The start of adapters that were drawn, from whatever distribution."""
 
 Description = dict[str, Any]
 
@@ -54,12 +54,9 @@ def describe_loras(configs: Mapping[str, LoRAConfig]) -> Description:
 
 
 def describe_starts(configs: Mapping[str, LoRAConfig]) -> Description:
-    """``start``: the init of adapters that carry a part of the base weight as their start, else ``"base"``."""
-    carried = {
-        path: config.init if config.starts_from in ("weight", "quantization") else BASE
-        for path, config in configs.items()
-    }
-    return {"start": _collapse(carried)} if carried else {}
+    """``start``: the init of adapters whose start is computed from something, else ``"chance"``."""
+    starts = {path: CHANCE if config.starts_from == CHANCE else config.init for path, config in configs.items()}
+    return {"start": _collapse(starts)} if starts else {}
 
 
 def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -5,11 +5,16 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import (
+    AdapterError,
     CheckpointError,
     LoRACallback,
     LoRAConfig,
     QuantizationError,
+    UnsupportedError,
+    initialize_eva,
+    inject,
     load_from_checkpoint,
+    quantize,
 )
 from lightning_lora.model.layers import adapted_layers
 from tests.callbacks.conftest import Module, loader
@@ -88,7 +93,7 @@ def test_a_base_quantized_around_another_start_is_refused_and_the_remedy_works(r
 @pytest.mark.parametrize(("there", "here"), [("pissa", "kaiming"), ("kaiming", "pissa"), ("pissa", "loftq")])
 def test_a_checkpoint_of_another_start_is_refused_naming_both(run, tmp_path, there, here):
     run(1, init=there)
-    names = ["base" if init == "kaiming" else init for init in (there, here)]
+    names = ["chance" if init == "kaiming" else init for init in (there, here)]
     with pytest.raises(CheckpointError, match=f"start is '{names[0]}' there and '{names[1]}' here"):
         run(2, ckpt_path=tmp_path / "1.ckpt", init=here)
 
@@ -127,3 +132,32 @@ def test_loftq_under_a_layer_that_stays_dense_is_refused_before_anything_changes
     with pytest.raises(QuantizationError, match=r"cannot be done for net\.downs\.0 \(in_features=127 is odd"):
         trainer(LoRACallback(r=4, init="loftq")).fit(odd, loader())
     assert not adapted_layers(odd)
+
+
+def with_eva(r: int = 4, quantized: bool = True) -> Module:
+    torch.manual_seed(0)
+    module = Module()
+    inject(module, config=LoRAConfig(r=r, init="eva"))
+    initialize_eva(module, loader(), forward=lambda model, batch: model(batch[0]))
+    return quantize(module) if quantized else module
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_a_module_started_from_data_is_trained_and_resumed(run, tmp_path, quantization):
+    settings = {"init": "eva", "quantization": quantization}
+    straight, watch = run(4, with_eva(quantized=quantization is not None), **settings)
+    ranks = {watch.state[key].shape[0] for key in watch.state if key.endswith("lora_A")}
+    assert len(ranks) > 1
+    run(2, with_eva(quantized=quantization is not None), **settings)
+    torch.manual_seed(0)
+    module = load_from_checkpoint(Module, tmp_path / "2.ckpt").train()
+    resumed, _ = run(4, module, ckpt_path=tmp_path / "2.ckpt", **settings)
+    assert resumed.losses == straight.losses[8:]
+
+
+def test_a_module_not_started_from_data_is_refused_with_the_way_to_do_it(run, module):
+    with pytest.raises(UnsupportedError, match=r"initialize_eva\(module, batches"):
+        run(1, init="eva")
+    inject(module, config=LoRAConfig(r=4, init="eva"))
+    with pytest.raises(AdapterError, match=r"call initialize_eva\(model, batches\) first"):
+        run(1, quantize(module), init="eva")
