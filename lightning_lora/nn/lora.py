@@ -277,7 +277,8 @@ class LoRA(Adapter):
         """
         if self.lora_A0 is None or self.lora_B0 is None or whole:
             return self.lora_A, self.lora_B
-        down, up = (self.lora_A - self.lora_A0, self.lora_A0), (self.lora_B, self.lora_B - self.lora_B0)
+        lora_A0, lora_B0 = self.lora_A0.to(self.lora_A.dtype), self.lora_B0.to(self.lora_B.dtype)
+        down, up = (self.lora_A - lora_A0, lora_A0), (self.lora_B, self.lora_B - lora_B0)
         return torch.cat(down), torch.cat(up, dim=1)
 
     def _choose_taken(self, matrix: Tensor, rounded: Callable[[Tensor], Tensor]) -> Pair | None:
