@@ -271,6 +271,14 @@ def test_an_adapter_whose_start_is_missing_refuses_to_compute(net, tokens, init,
         merge(net)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_adapter_with_a_start_compiles_as_one_graph():
+    model = randomize(adapted(nn.Linear(12, 8), "pissa"))
+    x = torch.randn(5, 12)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), model(x), atol=1e-6)
+
+
 class TestAgainstPEFT:
     """PEFT rewrites the base and we do not; the trained function has to be the same."""
 

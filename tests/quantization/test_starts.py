@@ -102,17 +102,19 @@ def test_each_loftq_start_is_the_best_correction_of_its_own_base():
         assert loftq.norm(model[0].merged_weight() - weight) == pytest.approx(bound, rel=1e-6)
 
 
-def test_more_loftq_steps_are_never_worse_and_the_first_is_the_svd_of_the_error():
-    weight = torch.randn(64, 64)
-    base = nn.Linear(64, 64)
+@pytest.mark.parametrize("shape", [(64, 64), (8, 8)])
+def test_more_loftq_steps_are_never_worse_and_the_first_is_the_svd_of_the_error(shape):
+    base = nn.Linear(*shape)
 
     def rounded(matrix):
         return NF4Linear.from_linear(base, NF4Config(), weight=matrix).dequantize(torch.float32)
 
-    errors = [loftq.fit(weight, rounded, 8, 0.5, steps=steps).error for steps in range(1, 7)]
-    assert errors == sorted(errors, reverse=True)
-    first = torch.linalg.svdvals((weight - rounded(weight)).double())[8:].norm().item()
-    assert errors[0] == pytest.approx(first, rel=1e-6)
+    for _ in range(10):  # of ten small matrices there is always one on which a step of the alternation is a step back
+        weight = torch.randn(shape)
+        errors = [loftq.fit(weight, rounded, 4, 0.5, steps=steps).error for steps in range(1, 7)]
+        assert errors == sorted(errors, reverse=True)
+        first = torch.linalg.svdvals((weight - rounded(weight)).double())[4:].norm().item()
+        assert errors[0] == pytest.approx(first, rel=1e-5)
 
 
 @pytest.mark.parametrize("init", ["pissa", "loftq"])
@@ -141,6 +143,8 @@ def test_without_the_adapter_the_model_is_where_it_started(net, tokens, init):
     assert relative_difference(net(tokens), start) <= 1e-5
     activate(net, "default")
     assert relative_difference(net(tokens), start) > 1e-2
+    activate(net, "other")
+    assert relative_difference(merge(net)(tokens), start) <= 1e-5
 
 
 @pytest.mark.parametrize("init", STARTS)
