@@ -271,6 +271,20 @@ def test_an_adapter_whose_start_is_missing_refuses_to_compute(net, tokens, init,
         merge(net)
 
 
+@pytest.mark.parametrize("init", IN_WEIGHT)
+def test_hugging_faces_transposed_layer_starts_as_the_linear_layer_with_its_weight(init):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(8, 12)
+    linear = nn.Linear(12, 8)
+    linear.weight.data = conv1d.weight.detach().T.contiguous()
+    x = torch.randn(5, 12)
+    before = conv1d(x)
+    models = [adapted(base, init) for base in (conv1d, linear)]
+    assert torch.equal(models[0](x), before)
+    one, other = (model[0].adapter("default") for model in models)
+    assert relative_difference(one.lora_A, other.lora_A) <= 1e-5  # float32, another memory layout
+    assert relative_difference(one.lora_B, other.lora_B) <= 1e-5
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_adapter_with_a_start_compiles_as_one_graph():
     model = randomize(adapted(nn.Linear(12, 8), "pissa"))
