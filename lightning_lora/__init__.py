@@ -17,6 +17,7 @@ from lightning_lora.errors import (
 )
 from lightning_lora.io.adapter_folder import adapter_state_dict, load_adapter, save_adapter
 from lightning_lora.model.active import activate, delete_adapter, disabled
+from lightning_lora.model.eva import initialize_eva
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge
 from lightning_lora.model.parameters import adapter_parameters
@@ -60,6 +61,7 @@ __all__ = [
     "adapter_state_dict",
     "delete_adapter",
     "disabled",
+    "initialize_eva",
     "inject",
     "load_adapter",
     "load_from_checkpoint",

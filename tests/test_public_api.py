@@ -34,6 +34,7 @@ NAMES = {
     "adapter_state_dict",
     "delete_adapter",
     "disabled",
+    "initialize_eva",
     "inject",
     "load_adapter",
     "load_from_checkpoint",

@@ -77,7 +77,9 @@ class LoRACallback(Callback):
         dropout: Dropout probability on the adapters' input.
         method: ``"lora"``, ``"dora"``, ``"lora_fa"`` (``A`` stays as it was drawn) or ``"vera"`` (linear layers alone;
             it has no ``alpha``, ``init`` or ``scaling``, and wants a high ``r`` such as 256).
-        init: ``"kaiming"`` or ``"gaussian"``.
+        init: How adapters start: ``"kaiming"``, ``"gaussian"`` or ``"orthogonal"``; in the principal part of the weight
+            with ``"pissa"``, or faster ``"pissa_niter_4"``; ``"olora"``; fitted to the quantized base with ``"loftq"``.
+            With ``"eva"``, inject, ``initialize_eva(...)`` and quantize before ``fit``.
         scaling: ``"standard"`` or ``"rslora"``.
         exclude: Names or globs of layers to leave as they are.
         train: Names or globs of modules to train whole and save along, such as a new head.

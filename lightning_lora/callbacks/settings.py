@@ -39,7 +39,7 @@ class Settings:
         adapter: Folder of a saved adapter that brings its own targets and configs.
 
     Raises:
-        ValueError: If ``adapter`` stands beside a value it would overrule.
+        ValueError: If ``adapter`` stands beside a value it would overrule, or ``init="loftq"`` beside no quantization.
     """
 
     targets: Any
@@ -50,6 +50,12 @@ class Settings:
     adapter: str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
+        configs = [self.config, *(self.targets.values() if isinstance(self.targets, Mapping) else ())]
+        if self.quantization is None and any(config.starts_from == "quantization" for config in configs):
+            raise ValueError(
+                "init='loftq' fits the adapters to a base that is being quantized, and quantization is None. Use "
+                "quantization='nf4', or init='pissa'"
+            )
         if self.adapter is None:
             return
         default = as_config(self.config.method, **DEFAULTS)

@@ -12,14 +12,19 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import adapter_file, peft
 from lightning_lora.io.adapter_file import AdapterFile
-from lightning_lora.io.description import describe
+from lightning_lora.io.description import describe, describe_configs
 from lightning_lora.io.fingerprint import base_fingerprint, to_json
 from lightning_lora.io.fitting import check_base, plan_for, require_same
 from lightning_lora.io.keys import PREFIX, adapter_key, canonical, leaves, shape_on_disk, trained_key
 from lightning_lora.model.inject import apply, check_name
 from lightning_lora.model.layers import adapted_layers, require_adapters
 from lightning_lora.model.merge import is_finite
-from lightning_lora.model.parameters import adapter_tensors, trained_modules, trained_outside_adapters
+from lightning_lora.model.parameters import (
+    adapter_tensors,
+    plain_adapters,
+    trained_modules,
+    trained_outside_adapters,
+)
 from lightning_lora.nn.conv import ConvKind
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.linear import LinearKind
@@ -30,15 +35,17 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
 
     Layers are named as in ``model``: pass the module you will load the adapter into. Each file is complete or absent,
     and a reader of ours notices if the two are from different saves, if a byte of a tensor has changed, and if the
-    adapter is loaded over other base weights.
+    adapter is loaded over other base weights. An adapter that started in the base weight (PiSSA, OLoRA, LoftQ) is
+    written as the plain LoRA of twice its rank that makes the same change to the original base.
 
     Raises:
         AdapterError: If there is no such adapter, if it holds NaN, or if the format cannot hold it.
         OSError: If the folder cannot be written; an adapter that was there before is untouched.
     """
     layers = {path: layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
+    configs = {canonical(path): adapter.config for path, adapter in plain_adapters(model, name).items()}
     settings = peft.to_peft(
-        {canonical(path): layer.adapter(name).config for path, layer in layers.items()},
+        configs,
         names=_module_names(model),
         train=map(canonical, trained_modules(model, name)),
         transposed=any(isinstance(layer.kind, LinearKind) and layer.kind.transposed for layer in layers.values()),
@@ -50,10 +57,14 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
             f"NaN or infinity in {listing(broken)}; not written. The training diverged: go back to an earlier "
             "checkpoint"
         )
-    metadata = describe(model, name) | {
-        "dropout": settings["lora_dropout"],
-        "base_fingerprint": to_json(base_fingerprint({canonical(path): layer for path, layer in layers.items()})),
-    }
+    metadata = (
+        describe(model, name)
+        | describe_configs(configs)
+        | {
+            "dropout": settings["lora_dropout"],
+            "base_fingerprint": to_json(base_fingerprint({canonical(path): layer for path, layer in layers.items()})),
+        }
+    )
     adapter_file.write(Path(path), tensors, settings, metadata)
 
 

@@ -12,8 +12,12 @@ from lightning_lora.model.layers import require_adapters
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.base import QuantizedLinear
+from lightning_lora.nn.low_rank import LowRankConfig
 
 VERSION = 1
+
+CHANCE = "chance"
+"""The start of adapters that were drawn, from whatever distribution."""
 
 Description = dict[str, Any]
 
@@ -22,9 +26,9 @@ def describe(model: nn.Module, name: str = "default") -> Description:
     """Describe adapter ``name`` of ``model``.
 
     Returns:
-        ``version``, ``method``, the method's decisive fields such as ``r``, ``alpha`` and ``scaling`` (each one value,
-        or a mapping from layer to value where layers differ), ``targets`` (adapted layers), ``train`` (modules trained
-        whole) and ``quantization`` (how the base is stored).
+        ``version``, ``method``, the method's decisive fields such as ``r``, ``alpha`` and ``scaling``, ``start`` (each
+        one value, or a mapping from layer to value where layers differ), ``targets`` (adapted layers), ``train``
+        (modules trained whole) and ``quantization`` (how the base is stored).
     """
     layers = {canonical(path): layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
     configs = {path: layer.adapter(name).config for path, layer in layers.items()}
@@ -32,6 +36,7 @@ def describe(model: nn.Module, name: str = "default") -> Description:
     return {
         "version": VERSION,
         **describe_configs(configs),
+        **describe_starts(configs),
         "train": sorted(map(canonical, trained_modules(model, name))),
         "quantization": _collapse(stored),
     }
@@ -49,6 +54,15 @@ def describe_configs(configs: Mapping[str, AdapterConfig]) -> Description:
         **{name: _collapse(values) for name, values in fields.items()},
         "targets": sorted(configs),
     }
+
+
+def describe_starts(configs: Mapping[str, AdapterConfig]) -> Description:
+    """``start``: the init of adapters whose start is computed from something, else ``"chance"``."""
+    starts = {
+        path: config.init if isinstance(config, LowRankConfig) and config.starts_from != CHANCE else CHANCE
+        for path, config in configs.items()
+    }
+    return {"start": _collapse(starts)} if starts else {}
 
 
 def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

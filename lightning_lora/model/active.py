@@ -49,9 +49,16 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     """Remove an adapter, in place, and return the model; layers left without any become plain again.
 
     Raises:
-        AdapterError: If there is no such adapter.
+        AdapterError: If there is no such adapter, or if the base was quantized without its start: what is left would
+            be another model.
     """
     layers = require_adapters(model, name)
+    needed = [path for path, layer in layers.items() if layer.base_lacks == name]
+    if needed:
+        raise AdapterError(
+            f"the base of {listing(needed)} was quantized without what adapter {name!r} starts with, so it is needed "
+            "there. Use activate(model, ...) or disabled(model) to compute without it"
+        )
     for layer in layers.values():
         if name in layer.adapters:
             del layer.adapters[name]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.nn.adapter import AdapterConfig
-from lightning_lora.nn.init import INITIALIZERS, zero_down
+from lightning_lora.nn.init import INITIALIZERS, INITS, kaiming, starts_from, zero_down
 from lightning_lora.nn.kind import Kind
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
@@ -34,6 +34,9 @@ class LowRankConfig(AdapterConfig):
     """
 
     decisive: ClassVar[tuple[str, ...]] = ("r", "alpha", "scaling")
+
+    starts: ClassVar[tuple[str, ...]] = ("chance",)
+    """What a start may be computed from."""
 
     r: int = 16
     alpha: float = 32.0
@@ -62,15 +65,27 @@ class LowRankConfig(AdapterConfig):
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        for name, choices in (("init", INITIALIZERS), ("scaling", SCALINGS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(sorted(choices))}, got {value!r}")
+        if not isinstance(self.init, str) or starts_from(self.init) is None:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
+        if self.starts_from not in self.starts:
+            raise ValueError(
+                f"init={self.init!r} starts from the {self.starts_from}, which {self.method} cannot; use one of "
+                f"{', '.join(INITIALIZERS)}, or method 'lora'"
+            )
+        if self.init == "orthogonal" and self.r % 2:
+            raise ValueError(f"init='orthogonal' needs an even r, got {self.r}; use r={self.r + 1}")
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"scaling must be one of {', '.join(sorted(SCALINGS))}, got {self.scaling!r}")
 
     @property
     def scale(self) -> float:
         """The factor ``s`` in front of ``B A``."""
         return SCALINGS[self.scaling](self.alpha, self.r)
+
+    @property
+    def starts_from(self) -> str:
+        """What the start is computed from."""
+        return str(starts_from(self.init))
 
     def check(self, kind: Kind) -> None:
         """Raise ``ValueError`` if the rank is more than such a layer can have, or it cannot drop out."""
@@ -90,5 +105,5 @@ class LowRankConfig(AdapterConfig):
 @torch.no_grad()
 def draw_factors(config: LowRankConfig, kind: Kind, lora_A: Tensor, lora_B: Tensor) -> None:
     """Start an update over a layer of this kind: one factor is drawn, the other is zero."""
-    draw = zero_down if kind.zero_factor == "lora_A" else INITIALIZERS[config.init]
+    draw = zero_down if kind.zero_factor == "lora_A" else INITIALIZERS.get(config.init, kaiming)
     draw(lora_A, lora_B)

@@ -81,8 +81,8 @@ class VeRA(Adapter):
     """
 
     config: VeRAConfig
-    vera_A: Tensor  # noqa: N815 (as PEFT and checkpoints name it)
-    vera_B: Tensor  # noqa: N815
+    vera_A: Tensor
+    vera_B: Tensor
 
     def __init__(self, config: VeRAConfig, kind: Kind, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()

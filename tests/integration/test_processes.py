@@ -59,7 +59,14 @@ def test_ddp_trains_what_one_process_trains(seen, one_process, scenario, quantiz
     assert equal(first["state"], second["state"])
 
 
-@pytest.mark.parametrize("scenario", ["ddp_dense", "ddp_nf4", "ddp_nf4_8bit"])
+def test_adapters_fitted_to_their_base_are_the_same_in_all_processes(seen):
+    one = workers.train_20_steps(SingleDeviceStrategy(), 1, "nf4", None, "loftq")
+    first, second = seen("ddp_loftq")
+    assert largest_difference(first["state"], one["state"]) <= 1e-6
+    assert equal(first["state"], second["state"])
+
+
+@pytest.mark.parametrize("scenario", ["ddp_dense", "ddp_nf4", "ddp_nf4_8bit", "ddp_loftq"])
 def test_ddp_exchanges_the_gradients_of_adapters_alone(seen, scenario):
     for result in seen(scenario):
         assert result["reduced"] == [result["gradient_bytes"]] * 20

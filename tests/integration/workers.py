@@ -171,12 +171,14 @@ def lora(quantization: str | None, **settings) -> LoRACallback:
     return LoRACallback(r=8, quantization=quantization, **settings)
 
 
-def train_20_steps(strategy, processes: int, quantization: str | None, optimizer: str | None) -> dict:
+def train_20_steps(
+    strategy, processes: int, quantization: str | None, optimizer: str | None, init: str = "kaiming"
+) -> dict:
     """20 steps over the same global batches, whatever the number of processes."""
     module, watch = Module(), Watch()
     run = trainer(
         watch,
-        lora(quantization, optimizer=optimizer),
+        lora(quantization, optimizer=optimizer, init=init),
         strategy=strategy,
         devices=processes,
         use_distributed_sampler=False,
@@ -192,9 +194,9 @@ def train_20_steps(strategy, processes: int, quantization: str | None, optimizer
     return seen
 
 
-def ddp_of(quantization: str | None, optimizer: str | None):
+def ddp_of(quantization: str | None, optimizer: str | None, init: str = "kaiming"):
     def scenario(_: Path) -> dict:
-        return train_20_steps(DDPStrategy(), 2, quantization, optimizer)
+        return train_20_steps(DDPStrategy(), 2, quantization, optimizer, init)
 
     return scenario
 
@@ -324,6 +326,7 @@ SCENARIOS = {
     "ddp_dense": ddp_of(None, None),
     "ddp_nf4": ddp_of("nf4", None),
     "ddp_nf4_8bit": ddp_of("nf4", "paged_adamw_8bit"),
+    "ddp_loftq": ddp_of("nf4", None, "loftq"),
     "ddp_by_name": ddp_by_name,
     "ddp_resumed": ddp_resumed,
     "ddp_of_unequal_bases": ddp_of_unequal_bases,
