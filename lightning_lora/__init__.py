@@ -15,6 +15,7 @@ from lightning_lora.errors import (
 )
 from lightning_lora.io.adapter_folder import adapter_state_dict, load_adapter, save_adapter
 from lightning_lora.model.active import activate, delete_adapter, disabled
+from lightning_lora.model.combine import combine
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge
 from lightning_lora.model.parameters import adapter_parameters
@@ -45,6 +46,7 @@ __all__ = [
     "activate",
     "adapter_parameters",
     "adapter_state_dict",
+    "combine",
     "delete_adapter",
     "disabled",
     "inject",

@@ -25,6 +25,7 @@ NAMES = {
     "activate",
     "adapter_parameters",
     "adapter_state_dict",
+    "combine",
     "delete_adapter",
     "disabled",
     "inject",
