@@ -19,6 +19,7 @@ from lightning_lora.model.combine import combine
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge
 from lightning_lora.model.parameters import adapter_parameters
+from lightning_lora.model.routing import routed
 from lightning_lora.model.summary import summary
 from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.quantization import adopt as _adopt  # noqa: F401 (registers bitsandbytes' layers as bases)
@@ -54,6 +55,7 @@ __all__ = [
     "load_from_checkpoint",
     "merge",
     "quantize",
+    "routed",
     "save_adapter",
     "summary",
 ]

@@ -33,6 +33,7 @@ NAMES = {
     "load_from_checkpoint",
     "merge",
     "quantize",
+    "routed",
     "save_adapter",
     "summary",
 }

@@ -82,8 +82,10 @@ def apply(model: nn.Module, plan: Plan, *, name: str = "default") -> nn.Module:
         layer = model.get_submodule(path)
         hosts[layer] = host = _host(path, layer)
         adapters[host] = _build(host, config)
+    rows = next((layer.rows for layer in adapted_layers(model).values()), None)
     for host, adapter in adapters.items():
         host.adapters[name] = adapter
+        host.rows = rows  # within disabled() or routed() a new layer computes what the others do
     if not adapted_layers(model):  # a later adapter leaves trainable what an earlier one trains along
         model.requires_grad_(False)
     for layer, host in hosts.items():

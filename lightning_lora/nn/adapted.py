@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.errors import AdapterError
 from lightning_lora.nn.adapter import Adapter
-from lightning_lora.nn.base import dense_weight, layer_bias, weight_device, weight_dtype
+from lightning_lora.nn.base import (
+    QuantizedLinear,
+    dense_weight,
+    layer_bias,
+    stored_weight,
+    weight_device,
+    weight_dtype,
+)
 from lightning_lora.nn.kinds import kind_of
+from lightning_lora.nn.rows import Rows
 
 
 class AdaptedLayer(nn.Module):
@@ -21,6 +30,7 @@ class AdaptedLayer(nn.Module):
         kind: How the base layer applies its weight.
         adapters: Adapters by name.
         active: Names of the adapters that compute, in order; empty means the plain base layer.
+        rows: What computes instead for the time being, row by row of the batch; None means the active adapters.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -29,12 +39,16 @@ class AdaptedLayer(nn.Module):
         self.kind = kind_of(base_layer)
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        self.rows: Rows | None = None
         self.train(base_layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the base layer's output, changed by the active adapters."""
+        if self.rows is not None and self.rows.mixed:
+            routed: Tensor = self.rows.forward(self, x)
+            return routed
         y: Tensor = self.base_layer(x)
-        for name in self.active:
+        for name in self._computing:
             y = self.adapters[name](x, y, self.base_layer)
         return y
 
@@ -48,9 +62,16 @@ class AdaptedLayer(nn.Module):
         """Return the weight that computes what the active adapters compute, without dropout, as the base stores it.
 
         Summed in ``float32`` at least, whatever the base is stored in, so that a small update is not lost to rounding.
+
+        Raises:
+            AdapterError: If rows go through different adapters, so that there is no such weight.
         """
+        if self.rows is not None and self.rows.mixed:
+            raise AdapterError(
+                "rows are routed to different adapters, which no one weight computes; leave routed() first"
+            )
         weight = dense_weight(self.base_layer, torch.promote_types(weight_dtype(self.base_layer), torch.float32))
-        for name in self.active:
+        for name in self._computing:
             weight = self.adapter(name).merged(weight)
         return weight
 
@@ -59,8 +80,11 @@ class AdaptedLayer(nn.Module):
         """The merged weight in the base's dtype, computed anew on each access.
 
         Code that reads ``layer.weight`` instead of calling the layer (PyTorch's fused transformer encoder, weight
-        tying, dtype checks) therefore sees the adapted function, with gradients to the adapters.
+        tying, dtype checks) therefore sees the adapted function, with gradients to the adapters. While rows go through
+        different adapters it has a shape and a dtype but no values: the fused encoder then calls the layer.
         """
+        if self.rows is not None and self.rows.mixed:
+            return torch.empty(self._shape(), dtype=weight_dtype(self.base_layer), device="meta")
         return self.merged_weight().to(weight_dtype(self.base_layer))
 
     @property
@@ -72,6 +96,15 @@ class AdaptedLayer(nn.Module):
     def device(self) -> torch.device:
         """Where the base weight is."""
         return weight_device(self.base_layer)
+
+    @property
+    def _computing(self) -> tuple[str, ...]:
+        return self.active if self.rows is None else ()
+
+    def _shape(self) -> tuple[int, ...]:
+        quantized = isinstance(self.base_layer, QuantizedLinear)
+        kind = self.kind
+        return (kind.out_features, kind.in_features) if quantized else tuple(stored_weight(self.base_layer).shape)
 
     def __getattr__(self, name: str) -> Any:
         try:
