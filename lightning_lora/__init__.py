@@ -17,10 +17,12 @@ from lightning_lora.errors import (
 )
 from lightning_lora.io.adapter_folder import adapter_state_dict, load_adapter, save_adapter
 from lightning_lora.model.active import activate, delete_adapter, disabled
+from lightning_lora.model.combine import combine
 from lightning_lora.model.eva import initialize_eva
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge
 from lightning_lora.model.parameters import adapter_parameters
+from lightning_lora.model.routing import routed
 from lightning_lora.model.summary import summary
 from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
@@ -59,6 +61,7 @@ __all__ = [
     "activate",
     "adapter_parameters",
     "adapter_state_dict",
+    "combine",
     "delete_adapter",
     "disabled",
     "initialize_eva",
@@ -68,6 +71,7 @@ __all__ = [
     "merge",
     "param_groups",
     "quantize",
+    "routed",
     "save_adapter",
     "summary",
 ]

@@ -1,10 +1,11 @@
-"""What the documentation points at is there."""
+"""What the documentation points at is there, and its code runs as it stands."""
 
 import ast
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::([\w:]+)`", (ROOT / "docs" / "traps.md").read_text())))
@@ -31,3 +32,14 @@ def test_every_trap_names_a_test():
     traps = [row for row in rows if not row.startswith("| situation")]
     assert len(traps) >= 35
     assert [row for row in traps if row.count("|") != 5 or "`tests/" not in row.split("|")[4]] == []
+
+
+@pytest.mark.parametrize("page", ["several-adapters.md"])
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    assert blocks
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)

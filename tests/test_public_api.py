@@ -32,6 +32,7 @@ NAMES = {
     "activate",
     "adapter_parameters",
     "adapter_state_dict",
+    "combine",
     "delete_adapter",
     "disabled",
     "initialize_eva",
@@ -41,6 +42,7 @@ NAMES = {
     "merge",
     "param_groups",
     "quantize",
+    "routed",
     "save_adapter",
     "summary",
 }

@@ -100,8 +100,10 @@ def apply(
         adapters[host] = _build(host, config)
         if start:
             _start(path, host, adapters[host], device)
+    rows = next((layer.rows for layer in adapted_layers(model).values()), None)
     for host, adapter in adapters.items():
         host.adapters[name] = adapter
+        host.rows = rows  # within disabled() or routed() a new layer computes what the others do
     if not adapted_layers(model):  # a later adapter leaves trainable what an earlier one trains along
         model.requires_grad_(False)
     for layer, host in hosts.items():

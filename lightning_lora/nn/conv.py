@@ -92,6 +92,10 @@ class ConvKind(Kind):
         """Channels stand before the spatial axes."""
         return vector.view(-1, *(1,) * self.axes)
 
+    def has_batch(self, x: Tensor) -> bool:
+        """A single image has its channels first."""
+        return x.dim() == self.axes + 2
+
     def to_matrix(self, weight: Tensor) -> Tensor:
         """Return ``(O, C/groups k...)``."""
         return weight.flatten(1)
