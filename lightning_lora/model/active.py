@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lightning_lora.model.attention import join_bare
 from lightning_lora.model.layers import replace, require_adapters
 from lightning_lora.model.parameters import unmark_trained
 from lightning_lora.nn.base import share_hooks
@@ -54,5 +55,6 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     for layer, base in bare.items():
         share_hooks(layer, base)
     replace(model, bare)
+    join_bare(model)
     unmark_trained(model, name)
     return model
