@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import adapter_file, peft
 from lightning_lora.io.adapter_file import AdapterFile
+from lightning_lora.io.attention import PEFT_VERSION, is_packed, pack_configs, pack_tensors, unpacked
 from lightning_lora.io.description import describe
 from lightning_lora.io.fitting import plan_for, require_same
 from lightning_lora.io.keys import PREFIX, adapter_key, canonical, leaves, shape_on_disk, trained_key
@@ -36,11 +37,13 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
     """
     layers = {path: layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
     settings = peft.to_peft(
-        {canonical(path): layer.adapter(name).config for path, layer in layers.items()},
+        pack_configs(model, {canonical(path): layer.adapter(name).config for path, layer in layers.items()}),
         names=_module_names(model),
         train=map(canonical, trained_modules(model, name)),
         transposed=any(isinstance(layer.kind, LinearKind) and layer.kind.transposed for layer in layers.values()),
     )
+    if any(is_packed(model, path) for path in layers):
+        settings["peft_version"] = PEFT_VERSION
     tensors = adapter_state_dict(model, name)
     broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
@@ -59,8 +62,12 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
             trained module.
     """
     found: dict[str, Tensor] = {}
-    for path, tensors in adapter_tensors(model, name).items():
-        found |= _on_disk(path, adapted_layers(model)[path].kind, tensors)
+    layers = adapter_tensors(model, name)
+    for path, tensors in layers.items():
+        if not is_packed(model, path):
+            found |= _on_disk(path, adapted_layers(model)[path].kind, tensors)
+    for path, tensors in pack_tensors(model, layers).items():
+        found |= {adapter_key(path, leaf): tensor for leaf, tensor in tensors.items()}
     whole = trained_modules(model, name)
     held = {id(parameter) for module in whole for parameter in model.get_submodule(module).parameters()}
     stray = [path for path in trained_outside_adapters(model) if id(model.get_parameter(path)) not in held]
@@ -95,7 +102,7 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], name: str | None =
     check_name(name)
     folder = Path(path)
     try:
-        file = adapter_file.read(folder)
+        file = unpacked(model, adapter_file.read(folder))
         plan = plan_for(model, file)
         present = adapted_layers(model).values()
         if any(name in layer.adapters for layer in present):
@@ -136,4 +143,5 @@ def _fill(model: nn.Module, file: AdapterFile, name: str) -> None:
 def _module_names(model: nn.Module) -> Iterable[str]:
     """Names of the model's modules as they are without adapters."""
     inside = tuple(f"{path}." for path in adapted_layers(model))
-    return [canonical(path) for path, _ in model.named_modules() if path and not (inside and path.startswith(inside))]
+    own = [path for path, _ in model.named_modules() if path and not (inside and path.startswith(inside))]
+    return [canonical(path) for path in own if not is_packed(model, path) or path.endswith(".out_proj")]

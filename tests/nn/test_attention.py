@@ -203,7 +203,7 @@ def test_deleting_the_last_adapter_gives_the_very_weights_back(settings):
 def test_all_linear_reaches_attention_and_leaves_the_head():
     model = nn.Sequential(nn.TransformerEncoderLayer(E, H, 16, batch_first=True), nn.Linear(E, 2))
     inject(model, config=LoRAConfig(r=2))
-    assert [path for path in adapted_layers(model)] == [
+    assert list(adapted_layers(model)) == [
         *(f"0.self_attn.{name}" for name in PROJECTIONS),
         "0.linear1",
         "0.linear2",
@@ -255,7 +255,7 @@ def parametrized() -> nn.Module:
 @pytest.mark.parametrize("build", [lambda: Changed(E, H), parametrized])
 def test_attention_of_another_function_is_left_alone_and_refused(build):
     model = nn.ModuleDict({"attn": build(), "plain": nn.Linear(E, E), "head": nn.Linear(E, 2)})
-    with pytest.raises(TargetError, match="it belongs to a changed nn.MultiheadAttention"):
+    with pytest.raises(TargetError, match=r"it belongs to a changed nn\.MultiheadAttention"):
         inject(model, "out_proj", LoRAConfig(r=2))
     assert list(adapted_layers(inject(model, config=LoRAConfig(r=2)))) == ["plain"]
 
