@@ -126,6 +126,7 @@ def _split(model: nn.Module, attentions: dict[nn.MultiheadAttention, SplitAttent
     """Put split attentions in place, freeing each packed weight before the next is copied."""
     while attentions:
         attention, split = attentions.popitem()
+        attention.requires_grad_(False)  # an optimizer may hold the packed weight, and is to let go of it
         hand_over_hooks(attention, split)
         replace(model, {attention: split})
         del attention

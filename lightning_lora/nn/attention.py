@@ -33,7 +33,7 @@ class SplitAttention(nn.Module):
     torch's fused encoder layer reads them in evaluation.
 
     Args:
-        source: The module to stand for, left as it is. The projections are views of its weights until
+        source: The module to stand for, left as it is. The projections are frozen views of its weights until
             :meth:`own_memory`.
 
     Attributes:
@@ -75,7 +75,7 @@ class SplitAttention(nn.Module):
         for layer in (self.q_proj, self.k_proj, self.v_proj):
             for name, parameter in list(layer.named_parameters(recurse=False)):
                 if name == "bias" or self._qkv_same_embed_dim:
-                    layer.register_parameter(name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+                    layer.register_parameter(name, _frozen(parameter.detach().clone()))
 
     def forward(
         self,
@@ -298,7 +298,7 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
 
 
 def _thirds(packed: nn.Parameter) -> list[nn.Parameter]:
-    return [nn.Parameter(part, packed.requires_grad) for part in packed.detach().chunk(3)]
+    return [_frozen(part) for part in packed.detach().chunk(3)]
 
 
 def _weight(layer: nn.Module) -> Tensor:
