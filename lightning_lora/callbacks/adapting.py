@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,6 +17,7 @@ from lightning_lora.errors import AdapterError, TargetError, UnsupportedError, l
 from lightning_lora.io.adapter_folder import load_adapter
 from lightning_lora.io.description import describe_configs, describe_starts, differences
 from lightning_lora.io.keys import canonical
+from lightning_lora.model.attention import layer_at
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.merge import is_finite
@@ -24,6 +25,7 @@ from lightning_lora.model.summary import summary
 from lightning_lora.model.targets import Plan, resolve
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.nn.attention import PROJECTIONS, SplitAttention
 from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
 from lightning_lora.nn.kinds import has_kind
 from lightning_lora.nn.low_rank import LowRankConfig
@@ -73,13 +75,15 @@ def network(module: LightningModule) -> nn.Module:
     """
     children = [child for child in module.children() if next(child.parameters(), None) is not None]
     own = next(module.parameters(recurse=False), None) is not None
-    layer = bool(children) and (isinstance(children[0], AdaptedLayer) or has_kind(children[0]))
+    replaced = (AdaptedLayer, SplitAttention, nn.MultiheadAttention)
+    layer = bool(children) and (isinstance(children[0], replaced) or has_kind(children[0]))
     shell = len(children) == 1 and not own and not layer
     return children[0] if shell else module
 
 
 def _inject(module: LightningModule, settings: Settings, device: torch.device) -> Owners:
     where = None if device.type == "cpu" else device
+    packed = _packed_weights(module)
     if settings.adapter is not None:
         load_adapter(network(module), settings.adapter)
         if settings.quantization is not None:
@@ -89,7 +93,7 @@ def _inject(module: LightningModule, settings: Settings, device: torch.device) -
         _check_base(module, plan, settings, where)
         apply(module, plan, device=where)
         _tell("left as they are", plan.left)
-    owners = _owners(module)
+    owners = _owners(module, packed)
     if settings.quantization is not None:
         _tell("not quantized", check_quantizable(adapted_layers(module), where))
         quantize(module, settings.quantization, device=where)
@@ -103,10 +107,22 @@ def _taken_off(module: nn.Module) -> dict[str, Tensor]:
     return {name: bits for name, bits in buffers.items() if name.endswith((".taken_A", ".taken_B"))}
 
 
-def _owners(module: nn.Module) -> Owners:
+def _packed_weights(module: nn.Module) -> MutableMapping[Tensor, str]:
+    """The weights that attentions keep for three projections in one, with the name of the attention."""
+    found: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
+    for name, child in module.named_modules():
+        if isinstance(child, nn.MultiheadAttention) and child.in_proj_weight is not None:
+            found[child.in_proj_weight] = name
+    return found
+
+
+def _owners(module: nn.Module, packed: MutableMapping[Tensor, str]) -> Owners:
     owners: Owners = WeakIdKeyDictionary()
     layers = adapted_layers(module)
-    owners.update((weight, layers[path]) for path, weight in _dense_weights(module).items())
+    owners.update((weight, (layers[path],)) for path, weight in _dense_weights(module).items())
+    for weight, path in packed.items():
+        inside = tuple(layers[f"{path}.{name}"] for name in PROJECTIONS[:3] if f"{path}.{name}" in layers)
+        owners.update({weight: inside} if inside else {})
     return owners
 
 
@@ -126,7 +142,7 @@ def _check_base(module: LightningModule, plan: Plan, settings: Settings, device:
             "init='eva', r=...)); initialize_eva(module, batches, forward=...); with quantization, quantize(module). "
             "To resume, start from module = load_from_checkpoint(...)"
         )
-    layers = {name: module.get_submodule(name) for name in plan.layers}
+    layers = {name: layer_at(module, name) for name in plan.layers}
     weights = {
         name: stored_weight(layer).detach()
         for name, layer in layers.items()

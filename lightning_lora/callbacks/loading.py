@@ -17,6 +17,7 @@ from lightning_lora.callbacks.settings import METHODS
 from lightning_lora.errors import CheckpointError, listing
 from lightning_lora.io.description import CHANCE, Description
 from lightning_lora.io.keys import canonical
+from lightning_lora.model.attention import named_layers
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.targets import Plan
@@ -66,7 +67,7 @@ def load_from_checkpoint(kind: type[Module], path: str | Path, **arguments: Any)
 
 
 def _plan(module: LightningModule, description: Description) -> Plan:
-    live = {canonical(name): name for name, _ in module.named_modules()}
+    live = {canonical(name): name for name, _ in named_layers(module)}
     absent = [name for name in [*description["targets"], *description["train"]] if name not in live]
     if absent:
         raise CheckpointError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import adapter_file, peft
 from lightning_lora.io.adapter_file import AdapterFile
+from lightning_lora.io.attention import PEFT_VERSION, is_packed, pack_configs, pack_tensors, unpacked
 from lightning_lora.io.description import describe, describe_configs
 from lightning_lora.io.fingerprint import base_fingerprint, to_json
 from lightning_lora.io.fitting import check_base, plan_for, require_same
@@ -45,11 +46,13 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
     layers = {path: layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
     configs = {canonical(path): adapter.config for path, adapter in plain_adapters(model, name).items()}
     settings = peft.to_peft(
-        configs,
+        pack_configs(model, configs),
         names=_module_names(model),
         train=map(canonical, trained_modules(model, name)),
         transposed=any(isinstance(layer.kind, LinearKind) and layer.kind.transposed for layer in layers.values()),
     )
+    if any(is_packed(model, path) for path in layers):
+        settings["peft_version"] = PEFT_VERSION
     tensors = adapter_state_dict(model, name)
     broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
@@ -76,8 +79,12 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
             trained module.
     """
     found: dict[str, Tensor] = {}
-    for path, tensors in adapter_tensors(model, name).items():
-        found |= _on_disk(path, adapted_layers(model)[path].kind, tensors)
+    layers = adapter_tensors(model, name)
+    for path, tensors in layers.items():
+        if not is_packed(model, path):
+            found |= _on_disk(path, adapted_layers(model)[path].kind, tensors)
+    for path, tensors in pack_tensors(model, layers).items():
+        found |= {adapter_key(path, leaf): tensor for leaf, tensor in tensors.items()}
     whole = trained_modules(model, name)
     held = {id(parameter) for module in whole for parameter in model.get_submodule(module).parameters()}
     stray = [path for path in trained_outside_adapters(model) if id(model.get_parameter(path)) not in held]
@@ -117,13 +124,14 @@ def load_adapter(
     check_name(name)
     folder = Path(path)
     try:
-        file = adapter_file.read(folder)
+        outline = adapter_file.read(folder)
+        file = unpacked(model, outline)
         plan = plan_for(model, file)
         present = any(name in layer.adapters for layer in adapted_layers(model).values())
         if present:
             require_same(model, plan, name)
         check_base(model, plan, file, folder, allow_mismatch=allow_base_mismatch)
-        file = adapter_file.load(folder, file)
+        file = unpacked(model, adapter_file.load(folder, outline))
         if not present:
             apply(model, plan, name=name)
     except AdapterError as error:
@@ -160,4 +168,5 @@ def _fill(model: nn.Module, file: AdapterFile, name: str) -> None:
 def _module_names(model: nn.Module) -> Iterable[str]:
     """Names of the model's modules as they are without adapters."""
     inside = tuple(f"{path}." for path in adapted_layers(model))
-    return [canonical(path) for path, _ in model.named_modules() if path and not (inside and path.startswith(inside))]
+    own = [path for path, _ in model.named_modules() if path and not (inside and path.startswith(inside))]
+    return [canonical(path) for path in own if not is_packed(model, path) or path.endswith(".out_proj")]

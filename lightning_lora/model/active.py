@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_lora.errors import AdapterError, listing
+from lightning_lora.model.attention import join_bare
 from lightning_lora.model.layers import replace, require_adapters
 from lightning_lora.model.parameters import unmark_trained
 from lightning_lora.model.routing import computing
@@ -83,6 +84,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     for layer, base in bare.items():
         share_hooks(layer, base)
     replace(model, bare)
+    join_bare(model)
     unmark_trained(model, name)
     return model
 

@@ -11,12 +11,14 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.errors import AdapterError, LoRAError, TargetError, listing
 from lightning_lora.model.active import activate
+from lightning_lora.model.attention import attention_around, place_of
 from lightning_lora.model.layers import adapted_layers, adapter_names, replace
 from lightning_lora.model.parameters import mark_trained
 from lightning_lora.model.progress import progress
 from lightning_lora.model.targets import ALL_LINEAR, Plan, Targets, refuse_tied, resolve
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import Adapter, AdapterConfig
+from lightning_lora.nn.attention import SplitAttention
 from lightning_lora.nn.base import QuantizedLinear, hand_over_hooks, weight_device, weight_dtype
 from lightning_lora.nn.kinds import as_base
 from lightning_lora.nn.lora import LoRAConfig
@@ -79,14 +81,15 @@ def apply(
             f"the model already holds an adapter {name!r} (on {listing(adapted_layers(model))}). Pass another name to "
             f"add a second one, or delete_adapter(model, {name!r}) first"
         )
-    if "" in plan.layers:
+    places = {place_of(model, path): path for path in plan.layers}
+    if "" in places:
         raise TargetError(
-            "the model is itself a linear layer and cannot replace itself; wrap it, e.g. in nn.Sequential"
+            "the model is itself the layer to adapt and cannot replace itself; wrap it, e.g. in nn.Sequential"
         )
     lazy = [path for path, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise TargetError(f"{listing(lazy)} is lazy and has no shape yet; run the model once on a batch first")
-    compiled = [path for path in plan.layers if path.rpartition(".")[2] == "_orig_mod"]
+    compiled = [path for path in places if path.rpartition(".")[2] == "_orig_mod"]
     if compiled:
         raise TargetError(
             f"{listing(compiled)} was compiled by itself and would go on computing the old layer. Compile the module "
@@ -94,8 +97,9 @@ def apply(
         )
     refuse_tied(model, plan.layers)
     hosts, adapters = {}, {}
+    attentions: dict[nn.MultiheadAttention, SplitAttention] = {}
     for path, config in progress(plan.layers.items(), "starting adapters"):
-        layer = model.get_submodule(path)
+        layer = _layer(model, path, attentions)
         hosts[layer] = host = _host(path, layer)
         adapters[host] = _build(host, config)
         if start:
@@ -104,6 +108,7 @@ def apply(
     for host, adapter in adapters.items():
         host.adapters[name] = adapter
         host.rows = rows  # within disabled() or routed() a new layer computes what the others do
+    _split(model, attentions)
     if not adapted_layers(model):  # a later adapter leaves trainable what an earlier one trains along
         model.requires_grad_(False)
     for layer, host in hosts.items():
@@ -125,6 +130,27 @@ def check_name(name: str) -> None:
         raise AdapterError(
             f"adapter name {name!r} is taken: torch's ModuleDict has an attribute called so. Choose another"
         )
+
+
+def _layer(model: nn.Module, path: str, attentions: dict[nn.MultiheadAttention, SplitAttention]) -> nn.Module:
+    """The layer at a path; an attention that has to be split for it is noted, and split once."""
+    attention = attention_around(model, path)
+    if attention is None:
+        return model.get_submodule(path)
+    if attention not in attentions:
+        attentions[attention] = SplitAttention(attention)
+    return attentions[attention].get_submodule(path.rpartition(".")[2])
+
+
+def _split(model: nn.Module, attentions: dict[nn.MultiheadAttention, SplitAttention]) -> None:
+    """Put split attentions in place, freeing each packed weight before the next is copied."""
+    while attentions:
+        attention, split = attentions.popitem()
+        attention.requires_grad_(False)  # an optimizer may hold the packed weight, and is to let go of it
+        hand_over_hooks(attention, split)
+        replace(model, {attention: split})
+        del attention
+        split.own_memory()
 
 
 def _host(path: str, layer: nn.Module) -> AdaptedLayer:

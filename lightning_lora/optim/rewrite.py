@@ -24,7 +24,7 @@ def rewrite_optimizers(
     *,
     paged_8bit: bool,
     lr_ratio: float = 1.0,
-    owners: Mapping[Tensor, nn.Module] | None = None,
+    owners: Mapping[Tensor, Iterable[nn.Module]] | None = None,
 ) -> list[Optimizer]:
     """Return optimizers over exactly the trainable parameters of ``model``.
 
@@ -40,7 +40,7 @@ def rewrite_optimizers(
         schedulers: The schedulers over them, changed in place.
         paged_8bit: Whether to swap Adam and AdamW.
         lr_ratio: What the learning rate of the factors ``B`` is multiplied by (LoRA+); groups are split for it.
-        owners: The adapted layer that each weight of the original model went into, by identity.
+        owners: The adapted layers that each weight of the original model went into, by identity.
 
     Raises:
         OptimizerError: If an optimizer holds no trainable parameter, if a trainable one is in none, or if a swap would
@@ -79,12 +79,14 @@ def check_references(owner: object, built: Sequence[Optimizer], used: Sequence[O
                 )
 
 
-def _add_adapters(model: nn.Module, optimizers: Sequence[Optimizer], owners: Mapping[Tensor, nn.Module]) -> None:
+def _add_adapters(
+    model: nn.Module, optimizers: Sequence[Optimizer], owners: Mapping[Tensor, Iterable[nn.Module]]
+) -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     held = {id(p) for group in groups for p in group["params"]}
     for group in groups:
-        layers = [owners[p] for p in group["params"] if p in owners]
+        layers = [layer for p in group["params"] if p in owners for layer in owners[p]]
         new = [p for layer in layers for p in layer.parameters() if p.requires_grad and id(p) not in held]
         group["params"].extend(new)  # in place: LBFGS keeps the list itself
         if "param_names" in group:
