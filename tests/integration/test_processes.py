@@ -144,6 +144,13 @@ class TestShardedByFSDP2:
             assert "r is 8 there and 2 here" in result["of another rank"]
 
 
+def test_lightnings_boring_model_runs_in_two_processes_without_a_warning(seen):
+    for result in seen("boring"):
+        assert result["steps"] == {
+            f"{name} {quantization}": 3 for quantization in (None, "nf4") for name in ("lora_ddp", "ddp", "fsdp2")
+        }
+
+
 def test_what_fsdp2_would_let_drift_apart_is_refused(seen):
     for result in seen("fsdp_refusals"):
         assert "UnsupportedError: net.0, net.2 is sharded already" in result["after"]

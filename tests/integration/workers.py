@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
@@ -314,6 +315,59 @@ def fsdp_refusals(_: Path) -> dict:
     }
 
 
+class Wide(BoringModel):
+    """Lightning's own model, wide enough for blocks of 64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 2))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+
+
+class WideSharded(Wide):
+    storage: str | None = None
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        if adapted_layers(self):
+            return
+        inject(self, config=LoRAConfig(r=2))
+        if self.storage is not None:
+            quantize(self, hold="parameters")
+        fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+
+class WideShardedInFourBits(WideSharded):
+    storage = "nf4"
+
+
+def boring(_: Path) -> dict:
+    """Every way of several processes, with warnings as errors but for Lightning's own words on loaders and pytrees."""
+    steps = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+        for quantization in (None, "nf4"):
+            for name, strategy in (
+                ("lora_ddp", LoRADDPStrategy(r=2, alpha=2, quantization=quantization)),
+                ("ddp", DDPStrategy()),
+            ):
+                callbacks = [] if name == "lora_ddp" else [LoRACallback(r=2, alpha=2, quantization=quantization)]
+                run = trainer(*callbacks, strategy=strategy, devices=2, limit_train_batches=3, limit_val_batches=2)
+                run.fit(Wide())
+                steps[f"{name} {quantization}"] = run.global_step
+            kind = WideSharded if quantization is None else WideShardedInFourBits
+            lora = LoRACallback(r=2, quantization=quantization, merge=False, optimizer=None)
+            run = trainer(lora, strategy=sharded_strategy(), devices=2, limit_train_batches=3, limit_val_batches=2)
+            run.fit(kind())
+            steps[f"fsdp2 {quantization}"] = run.global_step
+    return {"steps": steps}
+
+
 def refused(act) -> str:
     try:
         act()
@@ -334,6 +388,7 @@ SCENARIOS = {
     "fsdp_dense": fsdp_of(Sharded),
     "fsdp_nf4": fsdp_of(ShardedInFourBits),
     "fsdp_refusals": fsdp_refusals,
+    "boring": boring,
 }
 
 
