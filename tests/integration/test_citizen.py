@@ -641,6 +641,17 @@ def test_a_checkpoint_of_another_fine_tune_is_refused_naming_both(trainer, tmp_p
     assert not any(tensor.any() for name, tensor in module.state_dict().items() if "lora_B" in name)
 
 
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_a_checkpoint_over_another_base_is_refused_naming_both(trainer, stage):
+    """Behaviour 6. Of the same shapes: only the values of one weight differ."""
+    run, other = trainer(LoRACallback(r=4)), fresh()
+    run.fit(fresh(), loader())
+    with torch.no_grad():
+        other.net.downs[0].weight[0, 0] += 1e-3
+    with pytest.raises(CheckpointError, match=r"trained on base \w{12} and this model is \w{12}, .*in net\.downs\.0"):
+        getattr(trainer(LoRACallback(r=4)), stage)(other, loader(), ckpt_path=best(run))
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
