@@ -1344,7 +1344,8 @@ def test_progress_and_summaries_look_as_ever_and_the_totals_are_true(trainer, ca
     dense = sum(p.numel() for p in fresh().parameters())
     trained = 4 * (2 * (64 + 64) + 2 * (64 + 128) + 2 * (128 + 64))
     module = fresh()
-    with caplog.at_level("INFO"):
+    # The level of Lightning's own logger is the process's, and another test may have turned it down.
+    with caplog.at_level("INFO"), caplog.at_level("INFO", logger="lightning.pytorch"):
         trainer(
             LoRACallback(r=4),
             RichProgressBar(),
