@@ -398,6 +398,7 @@ def main() -> None:
     for name in names:
         seed_everything(0, verbose=False)
         torch.save(SCENARIOS[name](Path(folder)), Path(folder) / f"{name}.{RANK}.pt")
+    dist.destroy_process_group()  # else gloo's threads may outlive the interpreter, which aborts the process
 
 
 if __name__ == "__main__":
