@@ -66,7 +66,7 @@ def check_keys(names: Iterable[str], finetune: FineTune) -> None:
     missing, extra = [key for key in finetune.keys if key not in saved], sorted(saved - set(finetune.keys))
     if missing or extra:
         raise CheckpointError(
-            f"this checkpoint lacks {listing(missing) or 'nothing'} and has beyond its adapter "
+            f"this checkpoint lacks {listing(missing) or 'nothing'} and has beyond what is trained "
             f"{listing(extra) or 'nothing'}"
         )
 

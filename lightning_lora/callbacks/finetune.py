@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 from os import PathLike
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.io.description import Description, describe
+from lightning_lora.io.description import VERSION, Description, describe
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.checksum import bit_sum
 from lightning_lora.model.layers import adapted_layers, replace
 from lightning_lora.model.merge import check_mergeable, merged
-from lightning_lora.model.parameters import adapter_state_keys, trained_outside_adapters
+from lightning_lora.model.parameters import adapter_state_keys, trained_modules, trained_outside_adapters
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.base import QuantizedLinear, stored_weight, weight_device
 from lightning_lora.nn.lora import LoRAConfig
@@ -24,34 +24,79 @@ Owners = MutableMapping[Tensor, AdaptedLayer]
 
 
 class FineTune:
-    """What the callback knows of one module it has adapted.
+    """What the callback knows of one module it trains: with adapters (:meth:`of_adapters`) or without them.
 
     Merging takes the adapted layers out of the module and keeps them here. They are what a checkpoint holds and what a
     later run goes on with, and putting them back gives the very model that was trained, bit for bit.
 
-    Args:
-        module: A module with adapters.
-        owners: The layers by the weights they had before, for optimizers that were built before the adapters.
-        adapter: The folder they were loaded from, if any.
-
     Attributes:
-        layers: The adapted layers by name.
-        description: What the adapter is, as a checkpoint says it.
-        trained: Names of the trained parameters outside the adapters.
+        description: What is trained, as a checkpoint says it.
         keys: Names, in the adapted module's state dict, of all that the fine-tune changes.
+        trained: Names of the trained parameters outside the adapters.
+        whole: Names of the modules trained whole; ``""`` is the module itself.
+        layers: The adapted layers by name; without adapters there are none, and merging changes nothing.
+        owners: The layers by the weights they had before, for optimizers that were built before the adapters.
+        adapter: The folder the adapters were loaded from, if any.
     """
 
     def __init__(
-        self, module: nn.Module, owners: Owners | None = None, *, adapter: str | PathLike[str] | None = None
+        self,
+        *,
+        description: Description,
+        keys: Sequence[str],
+        trained: Sequence[str],
+        whole: Sequence[str],
+        layers: dict[str, AdaptedLayer] | None = None,
+        owners: Owners | None = None,
+        adapter: str | PathLike[str] | None = None,
     ) -> None:
+        self.description = description
+        self.keys = keys
+        self.trained = trained
+        self.whole = whole
+        self.layers: dict[str, AdaptedLayer] = {} if layers is None else layers
         self.owners: Owners = {} if owners is None else owners
         self.adapter = adapter
-        self.layers: dict[str, AdaptedLayer] = adapted_layers(module)
-        self.description: Description = describe(module)
-        self.trained = trained_outside_adapters(module)
-        self.keys = adapter_state_keys(module)
         self._merged: dict[AdaptedLayer, nn.Module] = {}
         self._sums: dict[AdaptedLayer, int] = {}
+
+    @classmethod
+    def of_adapters(
+        cls, module: nn.Module, owners: Owners | None = None, *, adapter: str | PathLike[str] | None = None
+    ) -> FineTune:
+        """What is known of a module with adapters."""
+        return cls(
+            description=describe(module),
+            keys=adapter_state_keys(module),
+            trained=trained_outside_adapters(module),
+            whole=trained_modules(module),
+            layers=adapted_layers(module),
+            owners=owners,
+            adapter=adapter,
+        )
+
+    @classmethod
+    def of_modules(cls, module: nn.Module, method: str, whole: Sequence[str]) -> FineTune:
+        """What is known of a module without adapters, of which the modules named in ``whole`` are trained."""
+        return cls(
+            description={
+                "version": VERSION,
+                "method": method,
+                "train": sorted(map(canonical, whole)),
+                "quantization": "none",
+            },
+            keys=[key for key in module.state_dict() if _is_within(key, whole)],
+            trained=[name for name, _ in module.named_parameters(remove_duplicate=False) if _is_within(name, whole)],
+            whole=whole,
+        )
+
+    def trains(self, name: str) -> bool:
+        """Whether a module, parameter or buffer is within a module that is trained whole."""
+        return _is_within(name, self.whole)
+
+    def is_in(self, module: nn.Module) -> bool:
+        """Whether ``module`` has what was trained: its adapters, or these merged by :meth:`merge`, or no adapters."""
+        return self.is_merged or not self.layers or bool(adapted_layers(module))
 
     @property
     def configs(self) -> dict[str, LoRAConfig]:
@@ -113,3 +158,8 @@ class FineTune:
 
 FINETUNES: WeakKeyDictionary[nn.Module, FineTune] = WeakKeyDictionary()
 """The fine-tune of each module, whichever callback made it: nothing is to be injected or merged twice."""
+
+
+def _is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module, parameter or buffer is one of ``modules`` or inside one; all are inside ``""``."""
+    return any(path in ("", name) or name.startswith(f"{path}.") for path in modules)

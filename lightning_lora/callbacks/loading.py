@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_lora.callbacks.checkpoints import KEY, complete_checkpoint
 from lightning_lora.callbacks.finetune import FINETUNES, FineTune
-from lightning_lora.callbacks.settings import METHODS
+from lightning_lora.callbacks.settings import BASELINES, METHODS
 from lightning_lora.errors import CheckpointError, listing
 from lightning_lora.io.description import Description
 from lightning_lora.io.keys import canonical
@@ -49,34 +50,46 @@ def load_from_checkpoint(kind: type[Module], path: str | Path, **arguments: Any)
     with warnings.catch_warnings():  # the keys it does not find are those of the base, and are checked below
         warnings.filterwarnings("ignore", message="Found keys that are")
         module = kind.load_from_checkpoint(path, map_location="cpu", strict=False, **arguments)
-    if not adapted_layers(module):
-        description = checkpoint[KEY]
-        apply(module, _plan(module, description))
-        storage = _storage(description)
-        if storage is not None:
-            quantize(module, storage)
-    finetune = FineTune(module)
+    finetune = _prepared(module, checkpoint[KEY])
     complete_checkpoint(checkpoint, finetune, module)
     module.load_state_dict(checkpoint["state_dict"])
     FINETUNES[module] = finetune
     return module.eval()
 
 
+def _prepared(module: LightningModule, description: Description) -> FineTune:
+    """Bring the module to the state it was trained in."""
+    if description["method"] in BASELINES:
+        return FineTune.of_modules(module, description["method"], _live(module, description["train"]))
+    if not adapted_layers(module):
+        apply(module, _plan(module, description))
+        storage = _storage(description)
+        if storage is not None:
+            quantize(module, storage)
+    return FineTune.of_adapters(module)
+
+
 def _plan(module: LightningModule, description: Description) -> Plan:
-    live = {canonical(name): name for name, _ in module.named_modules()}
-    absent = [name for name in [*description["targets"], *description["train"]] if name not in live]
-    if absent:
-        raise CheckpointError(
-            f"the checkpoint adapts {listing(absent)}, which {type(module).__name__} does not have. Build it with the "
-            "arguments it was trained with"
-        )
+    names, train = description["targets"], _live(module, description["train"])
     layers = {
-        live[name]: METHODS[_of(description, "method", name)](
+        live: METHODS[_of(description, "method", name)](
             **{field: _of(description, field, name) for field in ("r", "alpha", "scaling")}
         )
-        for name in description["targets"]
+        for name, live in zip(names, _live(module, names), strict=True)
     }
-    return Plan(layers=layers, train=tuple(live[name] for name in description["train"]))
+    return Plan(layers=layers, train=train)
+
+
+def _live(module: LightningModule, names: Iterable[str]) -> tuple[str, ...]:
+    """The names that modules of a checkpoint have here."""
+    live = {canonical(name): name for name, _ in module.named_modules()}
+    absent = [name for name in names if name not in live]
+    if absent:
+        raise CheckpointError(
+            f"the checkpoint trains {listing(absent)}, which {type(module).__name__} does not have. Build it with the "
+            "arguments it was trained with"
+        )
+    return tuple(live[name] for name in names)
 
 
 def _of(description: Description, field: str, layer: str) -> Any:

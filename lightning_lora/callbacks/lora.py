@@ -32,6 +32,7 @@ from lightning_lora.callbacks.resume import (
     tell_what_is_not_restored,
 )
 from lightning_lora.callbacks.settings import (
+    BASELINES,
     METHODS,
     OPTIMIZERS,
     Settings,
@@ -47,9 +48,9 @@ from lightning_lora.io.adapter_folder import save_adapter
 from lightning_lora.io.description import VERSION
 from lightning_lora.io.merged import save_merged
 from lightning_lora.model.layers import adapted_layers
-from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.targets import ALL_LINEAR
 from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.optim.paged_adamw import page_again
 from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import check_references, rewrite_optimizers
@@ -73,20 +74,23 @@ class LoRACallback(Callback):
         alpha: Scaling numerator: the update is multiplied by ``alpha / r``, or ``alpha / sqrt(r)`` with
             ``scaling="rslora"``.
         dropout: Dropout probability on the adapters' input.
-        method: ``"lora"``.
+        method: ``"lora"``; or, to compare with, ``"freeze"`` (nothing but the modules in ``train`` is trained) or
+            ``"full"`` (everything is). These two have no adapters, quantize nothing and merge nothing; the run, its
+            optimizers and checkpoints are the same.
         init: ``"kaiming"`` or ``"gaussian"``.
         scaling: ``"standard"`` or ``"rslora"``.
         exclude: Names or globs of layers to leave as they are.
         train: Names or globs of modules to train whole and save along, such as a new head.
-        quantization: ``"nf4"``, an ``NF4Config``, or None for a base in its own precision (plain LoRA).
+        quantization: ``"nf4"``, an ``NF4Config``, or None for a base in its own precision (plain LoRA). ``"auto"`` is
+            ``"nf4"`` under adapters and None for the methods without.
         optimizer: ``"paged_adamw_8bit"``, or None to keep the class ``configure_optimizers`` returns.
         merge: Whether to merge at the end of training.
         output_dir: Folder for the adapter (in PEFT's format) at the end of training and, with ``merge``, for the merged
-            weights.
+            weights; without adapters for the trained weights.
         adapter: Folder of a saved adapter to start from. Its rank, scaling and targets are used.
 
     Raises:
-        ValueError: If a value is none of the choices.
+        ValueError: If a value is none of the choices, or of no use for the method.
     """
 
     def __init__(
@@ -101,23 +105,24 @@ class LoRACallback(Callback):
         scaling: str = "standard",
         exclude: str | Iterable[str] = (),
         train: str | Iterable[str] = (),
-        quantization: str | NF4Config | None = "nf4",
+        quantization: str | NF4Config | None = "auto",
         optimizer: str | None = "paged_adamw_8bit",
         merge: bool = True,
         output_dir: str | PathLike[str] | None = None,
         adapter: str | PathLike[str] | None = None,
     ) -> None:
         super().__init__()
-        check_choice("method", method, METHODS)
+        check_choice("method", method, (*METHODS, *BASELINES))
         if optimizer is not None:
             check_choice("optimizer", optimizer, OPTIMIZERS)
-        config = METHODS[method](r=r, alpha=alpha, dropout=dropout, init=init, scaling=scaling)
+        config = METHODS.get(method, LoRAConfig)(r=r, alpha=alpha, dropout=dropout, init=init, scaling=scaling)
         self.settings = Settings(
+            method=method,
             targets=with_configs(targets, config),
             config=config,
             exclude=as_tuple(exclude),
             train=as_tuple(train),
-            quantization=as_quantization(quantization),
+            quantization=as_quantization(quantization, method),
             adapter=adapter,
         )
         self.paged_8bit = optimizer is not None
@@ -175,12 +180,12 @@ class LoRACallback(Callback):
             restore_random_state(self._resumed)
             restore_gradients(self._resumed, pl_module)
         self._resumed = []
-        whole = tuple(f"{path}." for path in trained_modules(pl_module))
+        finetune = FINETUNES[pl_module]
         frozen = [
             name
             for name, module in pl_module.named_modules()
             if isinstance(module, nn.modules.batchnorm._NormBase)
-            and not f"{name}.".startswith(whole)
+            and not finetune.trains(name)
             and module.track_running_stats
             and not any(p.requires_grad for p in module.parameters())
         ]
@@ -211,7 +216,8 @@ class LoRACallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so when a run had nothing left to train: Lightning ends it without ``on_train_end``."""
-        if self.merge and not FINETUNES[pl_module].is_merged and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        finetune = FINETUNES[pl_module]
+        if self.merge and finetune.layers and not finetune.is_merged and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("LoRA: no step was trained in this run, so the adapters are neither written nor merged")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -263,7 +269,12 @@ class LoRACallback(Callback):
         ]
 
     def _arrange_sharded(self, strategy: ModelParallelStrategy, module: LightningModule) -> None:
-        check_sharding(strategy, merge=self.merge, output_dir=self.output_dir, paged_8bit=self.paged_8bit)
+        check_sharding(
+            strategy,
+            merge=self.merge and self.settings.has_adapters,
+            output_dir=self.output_dir,
+            paged_8bit=self.paged_8bit,
+        )
         self._undo += [
             substitute(strategy, "lightning_module_state_dict", partial(full_state, module)),
             substitute(strategy, "load_checkpoint", partial(load_sharded, strategy, module, strategy.load_checkpoint)),
@@ -304,13 +315,14 @@ class LoRACallback(Callback):
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        root = network(module)
-        if self.output_dir is not None and trainer.is_global_zero:
-            save_adapter(root, self.output_dir)
+        root, finetune = network(module), FINETUNES[module]
+        folder = self.output_dir if trainer.is_global_zero else None
+        if folder is not None and finetune.layers:
+            save_adapter(root, folder)
         if self.merge:
-            FINETUNES[module].merge(module)
-            if self.output_dir is not None and trainer.is_global_zero:
-                save_merged(root, self.output_dir)
+            finetune.merge(module)
+        if folder is not None and (self.merge or not finetune.layers):
+            save_merged(root, folder)
 
     def _release(self) -> None:
         while self._undo:
@@ -321,7 +333,7 @@ def _before_save(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Reduce a checkpoint to the fine-tune; a module whose adapters the user has merged or deleted is saved whole."""
     module = trainer.lightning_module
     finetune = FINETUNES.get(module)
-    if finetune is not None and (finetune.is_merged or adapted_layers(module)):
+    if finetune is not None and finetune.is_in(module):
         reduce_checkpoint(checkpoint, finetune, trainer.strategy.optimizers)
 
 

@@ -13,6 +13,8 @@ from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.quantization.config import NF4Config
 
 METHODS: dict[str, type[LoRAConfig]] = {"lora": LoRAConfig}
+BASELINES = ("freeze", "full")
+"""Methods without adapters, to compare with: some modules trained and the rest frozen, or everything trained."""
 QUANTIZATIONS: dict[str, NF4Config] = {"nf4": NF4Config()}
 OPTIMIZERS = ("paged_adamw_8bit",)
 
@@ -22,6 +24,7 @@ class Settings:
     """What a module is turned into: where adapters go, what they are, and how the base below them is stored.
 
     Attributes:
+        method: ``"lora"``, or one of :data:`BASELINES`, which have no targets, config, quantization or adapter.
         targets: Pattern or patterns, or a mapping from pattern to config.
         config: The config of targets that have none of their own.
         exclude: Patterns of layers to leave as they are.
@@ -30,9 +33,10 @@ class Settings:
         adapter: Folder of a saved adapter that brings its own targets and configs.
 
     Raises:
-        ValueError: If ``adapter`` stands beside a value it would overrule.
+        ValueError: If ``adapter`` stands beside a value it would overrule, or a baseline beside one it has no use for.
     """
 
+    method: str = "lora"
     targets: Any
     config: LoRAConfig
     exclude: tuple[str, ...] = ()
@@ -41,14 +45,23 @@ class Settings:
     adapter: str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.adapter is None:
-            return
-        default = LoRAConfig()
-        changed = [f.name for f in fields(LoRAConfig) if getattr(self.config, f.name) != getattr(default, f.name)]
-        changed += [name for name in ("exclude", "train") if getattr(self, name)]
+        changed = [f.name for f in fields(LoRAConfig) if getattr(self.config, f.name) != f.default]
+        changed += ["exclude"] if self.exclude else []
         changed += ["targets"] if self.targets != ALL_LINEAR else []
-        if changed:
-            raise ValueError(f"adapter={str(self.adapter)!r} brings its own {listing(changed)}; drop these arguments")
+        if self.method in BASELINES:
+            changed += [name for name in ("quantization", "adapter") if getattr(self, name) is not None]
+            _check_baseline(self.method, changed, self.train)
+        elif self.adapter is not None:
+            changed += ["train"] if self.train else []
+            if changed:
+                raise ValueError(
+                    f"adapter={str(self.adapter)!r} brings its own {listing(changed)}; drop these arguments"
+                )
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the method puts adapters into the module."""
+        return self.method not in BASELINES
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -62,11 +75,13 @@ def as_tuple(patterns: str | Iterable[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def as_quantization(value: str | NF4Config | None) -> NF4Config | None:
-    """A storage by name, or as its config."""
+def as_quantization(value: str | NF4Config | None, method: str) -> NF4Config | None:
+    """A storage by name, or as its config; ``"auto"`` is NF4 under adapters."""
+    if value == "auto":
+        value = None if method in BASELINES else "nf4"
     if value is None or isinstance(value, NF4Config):
         return value
-    check_choice("quantization", value, QUANTIZATIONS)
+    check_choice("quantization", value, ("auto", *QUANTIZATIONS))
     return QUANTIZATIONS[value]
 
 
@@ -82,3 +97,13 @@ def with_configs(targets: Any, config: LoRAConfig) -> Any:
             raise ValueError(f"targets[{pattern!r}] has {listing(unknown)}; fields are {', '.join(base)}")
         made[pattern] = type(config)(**{**base, **value}) if isinstance(value, Mapping) else value
     return made
+
+
+def _check_baseline(method: str, changed: list[str], train: tuple[str, ...]) -> None:
+    if changed:
+        raise ValueError(
+            f"method={method!r} puts no adapters into the module and quantizes nothing, so it has no use for "
+            f"{listing(changed)}; drop these arguments"
+        )
+    if method == "freeze" and not train:
+        raise ValueError("method='freeze' trains what train= names and nothing else; name a module, e.g. train='head'")

@@ -411,8 +411,8 @@ def test_a_trainer_of_the_other_package_is_refused_with_what_to_import(tmp_path)
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"method": "dora"}, "method must be one of lora, got 'dora'"),
-        ({"quantization": "nf3"}, "quantization must be one of nf4, got 'nf3'"),
+        ({"method": "dora"}, "method must be one of lora, freeze, full, got 'dora'"),
+        ({"quantization": "nf3"}, "quantization must be one of auto, nf4, got 'nf3'"),
         ({"optimizer": "adamw"}, "optimizer must be one of paged_adamw_8bit, got 'adamw'"),
         ({"targets": {"q_proj": {"rank": 4}}}, r"targets\['q_proj'\] has rank; fields are r, alpha"),
     ],
