@@ -87,7 +87,7 @@ def resolve(
     linear = {name: reason for name, reason in candidates.items() if _is_linear(layer_at(model, name))}
     if not candidates or (not linear and ALL_LINEAR in wanted):
         raise TargetError(f"{type(model).__name__} has no linear layer to adapt; {_inventory(model)}")
-    trained = _trained_modules(model, train)
+    trained = resolve_train(model, train)
     excluded = {
         name for pattern in exclude for name in _matching(model, candidates, pattern, "exclude", lambda _: None)
     }
@@ -178,7 +178,12 @@ def _matching(
     )
 
 
-def _trained_modules(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
+def resolve_train(model: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the modules that patterns match, the outermost where one is inside another.
+
+    Raises:
+        TargetError: If a pattern matches no module, or one without parameters.
+    """
     names = [name for name, _ in model.named_modules() if name]
     trained: dict[str, None] = {}
     for pattern in patterns:

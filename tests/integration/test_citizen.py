@@ -607,7 +607,7 @@ def test_a_module_that_does_not_fit_its_checkpoint_is_refused(trainer, tmp_path)
     run.fit(fresh(WithOptimizer))
     with pytest.raises(CheckpointError, match=r"net\.blocks\.0\.q_proj \(shape \(64, 64\) there and \(32, 32\) here"):
         load_from_checkpoint(WithOptimizer, best(run), width=32)
-    with pytest.raises(CheckpointError, match=r"adapts net\.blocks\.1.*which Deeper does not have"):
+    with pytest.raises(CheckpointError, match=r"trains net\.blocks\.1.*which Deeper does not have"):
         load_from_checkpoint(Deeper, best(run), depth=1)
     whole = trainer()
     whole.fit(fresh(WithOptimizer))
@@ -656,7 +656,7 @@ def test_a_checkpoint_over_another_base_is_refused_naming_both(trainer, stage):
     ("spoil", "said"),
     [
         (lambda state: state.pop(next(iter(state))), r"lacks net\.blocks\.0\.q_proj\.adapters\.default\.lora_A"),
-        (lambda state: state.update(stray=torch.zeros(1)), "has beyond its adapter stray"),
+        (lambda state: state.update(stray=torch.zeros(1)), "has beyond what is trained stray"),
     ],
     ids=["missing", "unknown"],
 )
