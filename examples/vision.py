@@ -3,7 +3,8 @@
 It shows adapters on attention (``nn.MultiheadAttention``), linear layers and convolutions of networks written by hand,
 each with a rank of its own. Each network first learns upright pictures with all its weights; then the camera is
 turned, and a few hundred turned pictures adapt it: the head alone, LoRA, QLoRA (linear layers in 4 bits; convolutions
-keep their precision) and full fine-tuning. The pictures are scikit-learn's digits, or a folder with a folder for each class::
+keep their precision) and full fine-tuning. The pictures are scikit-learn's digits, or a folder with one folder of
+pictures for each class::
 
     python examples/vision.py --data my_pictures
 
