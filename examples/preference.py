@@ -165,12 +165,7 @@ def main() -> None:
         with disabled(network):
             reference = network(probe)
     print("\n| held-out pairs | before | after |\n|---|---|---|")
-    shown = {
-        "loss": "loss",
-        "likelier": "preferred answer likelier",
-        "accuracy": "its reward higher",
-        "margin": "margin",
-    }
+    shown = {"likelier": "preferred answer likelier", "accuracy": "its reward higher", "margin": "margin of rewards"}
     for name, meaning in shown.items():
         print(f"| {meaning} | {before[f'held_out_{name}']:.3f} | {after[f'held_out_{name}']:.3f} |")
     print("| double, single quotes written | {}, {} | {}, {} |".format(*wrote, *quotes(network)))

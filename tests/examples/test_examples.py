@@ -1,4 +1,4 @@
-"""Every example runs, in miniature, as a user starts it: one batch or two, offline, and says what it promises to say."""
+"""Every example runs in miniature, as a user starts it: one batch or two, offline; it says what it promises to say."""
 
 import importlib.util
 import json
