@@ -1,8 +1,9 @@
 """From the user's words to a plan: which layers get which adapter. Pure; the model is read, never changed.
 
 A pattern is a dotted suffix (``q_proj``, ``attn.q_proj``), a whole name, or either with shell wildcards
-(``layers.*.q_proj``); ``*`` crosses dots. Every pattern has to match something: a misspelt target that is silently
-skipped is a fine-tune of half the model.
+(``layers.*.q_proj``); ``*`` crosses dots. The projections of an ``nn.MultiheadAttention`` are layers of their own here:
+``self_attn.q_proj``, ``k_proj``, ``v_proj``, ``out_proj``. Every pattern has to match something: a misspelt target that
+is silently skipped is a fine-tune of half the model.
 """
 
 from __future__ import annotations

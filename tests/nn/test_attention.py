@@ -210,6 +210,11 @@ def test_all_linear_reaches_attention_and_leaves_the_head():
     ]
 
 
+def test_a_model_of_attention_alone_has_no_head_to_spare():
+    model = inject(nn.ModuleDict({"attn": attention()}), config=LoRAConfig(r=2))
+    assert list(adapted_layers(model)) == [f"attn.{name}" for name in PROJECTIONS]
+
+
 def test_what_is_wrong_is_found_before_attention_is_touched():
     model = nn.ModuleList([attention(), nn.Linear(E, 2)])
     weight = model[0].in_proj_weight
