@@ -13,6 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.nn.kind import Kind
+from lightning_lora.nn.linear import LinearKind
+
 
 class QuantizedLinear(nn.Module, ABC):
     """A frozen linear layer ``y = x W^T + b`` whose ``W`` of shape ``(O, I)`` is stored in few bits.
@@ -41,6 +44,15 @@ class QuantizedLinear(nn.Module, ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Where the packed weight is."""
+
+    @property
+    def kind(self) -> Kind:
+        """How the weight is applied."""
+        return LinearKind(self.in_features, self.out_features)
+
+    def dense(self) -> nn.Module:
+        """Return a layer for a weight that is not quantized, on the meta device and without bias."""
+        return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -108,7 +120,7 @@ def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
     """
     plain: nn.Module
     if isinstance(layer, QuantizedLinear):
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain = layer.dense()
     else:
         plain = copy.copy(layer)
         plain._parameters = dict(layer._parameters)  # a shallow copy shares the dict; this one gets its own weight

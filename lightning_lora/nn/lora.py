@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.nn.adapter import Adapter, AdapterConfig
+from lightning_lora.nn.expert_lora import ExpertLoRA
+from lightning_lora.nn.experts import ExpertsKind
 from lightning_lora.nn.functional import delta
 from lightning_lora.nn.init import INITIALIZERS, zero_down
 from lightning_lora.nn.kind import Kind
@@ -90,9 +92,12 @@ class LoRAConfig(AdapterConfig):
         if self.dropout and kind.name == "embedding":
             raise ValueError("an embedding's input is tokens, which dropout cannot zero; use dropout=0 there")
 
-    def build(self, base_layer: nn.Module, *, device: torch.device, dtype: torch.dtype) -> LoRA:
-        """Make a fresh :class:`LoRA` for ``base_layer``."""
-        return LoRA(self, kind_of(base_layer), device=device, dtype=dtype)
+    def build(self, base_layer: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Adapter:
+        """Make a fresh :class:`LoRA` for ``base_layer``, or one for each expert of a stack."""
+        kind = kind_of(base_layer)
+        if isinstance(kind, ExpertsKind):
+            return ExpertLoRA(self, kind, device=device, dtype=dtype)
+        return LoRA(self, kind, device=device, dtype=dtype)
 
 
 class LoRA(Adapter):

@@ -13,8 +13,10 @@ from lightning_lora.model.layers import require_adapters
 from lightning_lora.model.merge import is_finite
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.base import QuantizedLinear, adopter_of
+from lightning_lora.nn.experts import StackedWeight
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.nf4 import NF4Linear
+from lightning_lora.quantization.nf4_stack import NF4Stack
 
 _DEFAULT = NF4Config()
 
@@ -50,13 +52,12 @@ def quantize(
         raise ValueError(f"hold must be 'buffers' or 'parameters', got {hold!r}")
     layers = require_adapters(model)
     kept = check_quantizable(layers, device)
-    dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear)}
+    dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear | StackedWeight)}
     chosen = {name: layer for name, layer in dense.items() if name not in kept}
     _check_weights(chosen)
     for layer in chosen.values():
         base = layer.base_layer
-        assert isinstance(base, nn.Linear)
-        layer.base_layer = quantized = NF4Linear.from_linear(base if device is None else base.to(device), config)
+        layer.base_layer = quantized = _quantized(base if device is None else base.to(device), config)
         if hold == "parameters":
             quantized.hold_as_parameters()
         if device is not None:
@@ -81,20 +82,27 @@ def check_quantizable(layers: Mapping[str, nn.Module], device: torch.device | st
         base = layer.base_layer if isinstance(layer, AdaptedLayer) else layer
         if isinstance(base, QuantizedLinear) or adopter_of(base) is not None:
             continue
-        if not isinstance(base, nn.Linear):
+        if not isinstance(base, nn.Linear | StackedWeight):
             kept[name] = f"NF4 holds linear layers, and this is a {type(base).__name__}"
             continue
         where = torch.device(device) if device is not None else base.weight.device
         if where.type not in ("cpu", "cuda"):
             kept[name] = f"no NF4 kernel for {where.type}"
-        elif where.type == "cpu" and base.in_features % 2:
-            kept[name] = f"in_features={base.in_features} is odd, which the CPU kernel cannot pack"
+        elif where.type == "cpu" and base.weight.shape[-1] % 2:
+            kept[name] = f"in_features={base.weight.shape[-1]} is odd, which the CPU kernel cannot pack"
     if layers and len(kept) == len(layers):
         reasons = listing(f"{name}: {reason}" for name, reason in kept.items())
         raise QuantizationError(
             f"none of the {len(layers)} adapted layers can be held in NF4 ({reasons}). Use quantization=None"
         )
     return kept
+
+
+def _quantized(base: nn.Module, config: NF4Config) -> NF4Linear:
+    if isinstance(base, StackedWeight):
+        return NF4Stack.from_stack(base, config)
+    assert isinstance(base, nn.Linear)
+    return NF4Linear.from_linear(base, config)
 
 
 def _check_weights(layers: Mapping[str, AdaptedLayer]) -> None:
