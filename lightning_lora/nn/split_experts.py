@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.base import dense_weight, share_hooks, weight_dtype
-from lightning_lora.nn.experts import StackedWeight
+from lightning_lora.nn.experts import ExpertsKind, StackedWeight
+from lightning_lora.nn.kinds import kind_of
 from lightning_lora.nn.split import Split
 
 
@@ -52,6 +53,13 @@ class SplitExperts(Split):
     def parts(self) -> dict[str, nn.Module]:
         """The stacked parameters, by their names."""
         return {name: self.get_submodule(name) for name in self._names}
+
+    def experts_in(self, name: str) -> int:
+        """How many matrices a stack holds."""
+        layer = self.get_submodule(name)
+        kind = layer.kind if isinstance(layer, AdaptedLayer) else kind_of(layer)
+        assert isinstance(kind, ExpertsKind)
+        return kind.experts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own code on the adapted weights."""
