@@ -15,7 +15,7 @@ from lightning_lora.callbacks.processes import is_sharded, require_equal_bases
 from lightning_lora.callbacks.settings import Settings
 from lightning_lora.errors import AdapterError, TargetError, UnsupportedError, listing
 from lightning_lora.io.adapter_folder import load_adapter
-from lightning_lora.io.description import describe_loras, differences
+from lightning_lora.io.description import describe_configs, describe_starts, differences
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
@@ -24,12 +24,13 @@ from lightning_lora.model.split import layer_at, part_names
 from lightning_lora.model.summary import summary
 from lightning_lora.model.targets import Plan, resolve
 from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.attention import PROJECTIONS
 from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
 from lightning_lora.nn.kinds import has_kind
-from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.low_rank import LowRankConfig
 from lightning_lora.nn.split import Split
-from lightning_lora.quantization.quantize import check_quantizable, quantize
+from lightning_lora.quantization.quantize import check_quantizable, quantize, refuse_unfitted
 
 
 def adapt(module: LightningModule, settings: Settings, *, device: torch.device, training: bool) -> FineTune:
@@ -94,13 +95,20 @@ def _inject(module: LightningModule, settings: Settings, device: torch.device) -
     else:
         plan = resolve(module, settings.targets, settings.config, exclude=settings.exclude, train=settings.train)
         _check_base(module, plan, settings, where)
-        apply(module, plan)
+        apply(module, plan, device=where)
         _tell("left as they are", plan.left)
     owners = _owners(module, packed)
     if settings.quantization is not None:
         _tell("not quantized", check_quantizable(adapted_layers(module), where))
         quantize(module, settings.quantization, device=where)
+        require_equal_bases(_taken_off(module))
     return owners
+
+
+def _taken_off(module: nn.Module) -> dict[str, Tensor]:
+    """The bits of what the bases were quantized without."""
+    buffers = dict(module.named_buffers())
+    return {name: bits for name, bits in buffers.items() if name.endswith((".taken_A", ".taken_B"))}
 
 
 def _packed_weights(module: nn.Module) -> MutableMapping[Tensor, str]:
@@ -130,6 +138,14 @@ def _dense_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def _check_base(module: LightningModule, plan: Plan, settings: Settings, device: torch.device | None) -> None:
     """See that the base can be trained on, and quantized if it is to be, before anything is changed."""
+    from_data = [name for name, config in plan.layers.items() if config.starts_from == "data"]
+    if from_data:
+        raise UnsupportedError(
+            f"init='eva' starts {listing(from_data)} from data, and to run the module on it before the fit would touch "
+            "its metrics and logs. Do it before fit, with the callback's own values: inject(module, config=LoRAConfig("
+            "init='eva', r=...)); initialize_eva(module, batches, forward=...); with quantization, quantize(module). "
+            "To resume, start from module = load_from_checkpoint(...)"
+        )
     layers = {name: layer_at(module, name) for name in plan.layers}
     weights = {
         name: stored_weight(layer).detach()
@@ -154,7 +170,7 @@ def _check_base(module: LightningModule, plan: Plan, settings: Settings, device:
                 f"the base weight of {name} holds NaN or infinity. Mend the base model, or exclude={name!r}"
             )
     if settings.quantization is not None:
-        check_quantizable(layers, device)
+        refuse_unfitted(plan.layers, check_quantizable(layers, device))
         require_equal_bases(weights)
 
 
@@ -168,10 +184,16 @@ def _require_same(module: LightningModule, settings: Settings, finetune: FineTun
             )
         return
     plan = resolve(module, settings.targets, settings.config, exclude=settings.exclude, train=settings.train)
-    configs = {canonical(name): config for name, config in plan.layers.items() if isinstance(config, LoRAConfig)}
+    configs = {canonical(name): config for name, config in plan.layers.items()}
     whole = {id(p) for path in plan.train for p in module.get_submodule(path).parameters()}
     trained = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in whole]
-    wanted = describe_loras(configs) | {"train": trained, "dropout": _dropouts(configs)}
+    configs |= {  # EVA has chosen their ranks
+        name: found
+        for name, found in finetune.configs.items()
+        if name in configs and _from_data(found) and _from_data(configs[name])
+    }
+    wanted = describe_configs(configs) | describe_starts(configs)
+    wanted |= {"train": trained, "dropout": _dropouts(configs)}
     found = finetune.description | {"train": finetune.trained, "dropout": _dropouts(finetune.configs)}
     if settings.quantization is None:
         wanted["quantization"] = "none"
@@ -201,5 +223,9 @@ def _tell(what: str, layers: Mapping[str, str]) -> None:
         rank_zero_info(f"LoRA: {what}: {listing(f'{name} ({reason})' for name, reason in layers.items())}")
 
 
-def _dropouts(configs: Mapping[str, LoRAConfig]) -> list[str]:
+def _dropouts(configs: Mapping[str, AdapterConfig]) -> list[str]:
     return sorted({f"{config.dropout:g}" for config in configs.values()})
+
+
+def _from_data(config: AdapterConfig) -> bool:
+    return isinstance(config, LowRankConfig) and config.starts_from == "data"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -12,6 +13,8 @@ from lightning_lora.callbacks.averaging import weights_in
 from lightning_lora.callbacks.finetune import FineTune
 from lightning_lora.errors import CheckpointError, listing
 from lightning_lora.io.description import differences
+from lightning_lora.io.fingerprint import compare
+from lightning_lora.io.keys import canonical
 from lightning_lora.optim.report import class_name
 
 KEY = "lightning_lora"
@@ -26,8 +29,11 @@ def reduce_checkpoint(checkpoint: dict[str, Any], finetune: FineTune, optimizers
     for holder, key in weights_in(checkpoint):
         if holder[key]:  # where weights are gathered from several processes, all but the first hold none
             available = {**finetune.state(), **holder[key]}
-            holder[key] = {name: available[name] for name in finetune.keys}
-    entry |= finetune.description | {"optimizers": [class_name(optimizer) for optimizer in optimizers]}
+            holder[key] = {canonical(name): available[name] for name in finetune.keys}
+    entry |= finetune.description | {
+        "base_fingerprint": finetune.base_fingerprint,
+        "optimizers": [class_name(optimizer) for optimizer in optimizers],
+    }
 
 
 def complete_checkpoint(checkpoint: dict[str, Any], finetune: FineTune, module: nn.Module) -> None:
@@ -43,7 +49,7 @@ def complete_checkpoint(checkpoint: dict[str, Any], finetune: FineTune, module: 
     frozen: dict[str, Tensor] = module.state_dict()
     for holder, key in weights_in(checkpoint):
         check_keys(holder[key], finetune)
-        holder[key] = {**frozen, **holder[key]}
+        holder[key] = {**frozen, **{name: holder[key][canonical(name)] for name in finetune.keys}}
 
 
 def check_belongs(checkpoint: Mapping[str, Any], finetune: FineTune) -> None:
@@ -58,12 +64,36 @@ def check_belongs(checkpoint: Mapping[str, Any], finetune: FineTune) -> None:
         raise CheckpointError(
             f"this checkpoint belongs to another fine-tune: {'; '.join(apart)}. Set the callback to the same values"
         )
+    check_base(checkpoint[KEY], finetune)
+
+
+def check_base(description: Mapping[str, Any], finetune: FineTune) -> None:
+    """Raise ``CheckpointError`` if the adapters of a checkpoint were trained over other weights than the module's.
+
+    Among these are the module's own after a merge: the update would be added a second time.
+    """
+    if "base_fingerprint" not in description:
+        rank_zero_info("LoRA: the checkpoint does not say over which base it was trained, so this is not checked")
+        return
+    try:
+        found = compare(description["base_fingerprint"], finetune.named_layers, finetune.base_fingerprint)
+    except ValueError as error:
+        raise CheckpointError(f"this checkpoint is damaged: {error}") from None
+    if found.unchecked:
+        reasons = listing(f"{path} ({why})" for path, why in found.unchecked.items())
+        rank_zero_info(f"LoRA: whether the base is the one trained on could not be checked in {reasons}")
+    if found.differ:
+        raise CheckpointError(
+            f"this checkpoint belongs to another base model: {found}. Build the module with the weights it was trained "
+            "on; a module whose adapters were merged is no longer that base. To start anew from trained adapters, save "
+            "them as a folder, and load_adapter(model, folder, allow_base_mismatch=True)"
+        )
 
 
 def check_keys(names: Iterable[str], finetune: FineTune) -> None:
     """Raise ``CheckpointError`` unless these are exactly the tensors the fine-tune saves."""
-    saved = set(names)
-    missing, extra = [key for key in finetune.keys if key not in saved], sorted(saved - set(finetune.keys))
+    saved, expected = set(names), list(map(canonical, finetune.keys))
+    missing, extra = [key for key in expected if key not in saved], sorted(saved - set(expected))
     if missing or extra:
         raise CheckpointError(
             f"this checkpoint lacks {listing(missing) or 'nothing'} and has beyond its adapter "

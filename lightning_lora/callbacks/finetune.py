@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from functools import cached_property
 from os import PathLike
 from weakref import WeakKeyDictionary
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.io.description import Description, describe
+from lightning_lora.io.fingerprint import Saved, base_fingerprint, to_json
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.checksum import bit_sum
 from lightning_lora.model.layers import adapted_layers, replace
@@ -17,8 +19,8 @@ from lightning_lora.model.merge import check_mergeable, merged
 from lightning_lora.model.parameters import adapter_state_keys, trained_outside_adapters
 from lightning_lora.model.split import Host, hosts
 from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.base import QuantizedLinear
-from lightning_lora.nn.lora import LoRAConfig
 
 Owners = MutableMapping[Tensor, tuple[nn.Module, ...]]
 """The adapted layers that each weight of the original model went into, by identity and without keeping it alive."""
@@ -58,11 +60,24 @@ class FineTune:
         self._merged: dict[Host, nn.Module] = {}
         self._sums: dict[Host, int] = {}
 
+    @cached_property
+    def base_fingerprint(self) -> Saved:
+        """Which base this is, by the weights under the adapters from before they were quantized; taken once.
+
+        In a run these weights are frozen, and only a cast of the Trainer's (``bf16-true``) can come before this is
+        asked for: it is compared as a cast.
+        """
+        return to_json(base_fingerprint(self.named_layers))
+
     @property
-    def configs(self) -> dict[str, LoRAConfig]:
+    def named_layers(self) -> dict[str, AdaptedLayer]:
+        """The adapted layers by the names a checkpoint has."""
+        return {canonical(path): layer for path, layer in self.layers.items()}
+
+    @property
+    def configs(self) -> dict[str, AdapterConfig]:
         """The config of each adapted layer."""
-        configs = {canonical(path): layer.adapter("default").config for path, layer in self.layers.items()}
-        return {path: config for path, config in configs.items() if isinstance(config, LoRAConfig)}
+        return {canonical(path): layer.adapter("default").config for path, layer in self.layers.items()}
 
     @property
     def dense(self) -> set[str]:

@@ -1,9 +1,14 @@
-"""The two files of an adapter folder, parsed and checked by themselves, without a model."""
+"""The two files of an adapter folder, parsed and checked by themselves, without a model.
+
+They are read in two steps. ``read`` allocates nothing: it takes the header of the weights alone, so that whatever a
+file claims is compared with the model before a byte of it is believed. ``load`` then reads the tensors.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +21,30 @@ from torch import Tensor
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import peft
 from lightning_lora.io.atomic import replacing
-from lightning_lora.io.keys import split_adapter_key
+from lightning_lora.io.description import VERSION
+from lightning_lora.io.keys import adapter_key, split_adapter_key
 from lightning_lora.model.merge import is_finite
+from lightning_lora.nn.fingerprint import sha256
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-_METADATA = "lightning_lora"
+MAX_HEADER_BYTES = 32 * 2**20
+METADATA = "lightning_lora"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_SAFETENSORS_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PICKLE = (
     "holds a pickle, which can run code when it is read; refused. In a place you trust, convert it: "
@@ -32,7 +54,10 @@ _PICKLE = (
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A parsed adapter folder: its settings, its tensors by layer, and all other tensors by name."""
+    """A parsed adapter folder: its settings, its tensors by layer, and all other tensors by name.
+
+    As :func:`read` returns it, the tensors are on the meta device: shapes and dtypes, as the file says they are.
+    """
 
     settings: Mapping[str, Any]
     adapters: Mapping[str, Mapping[str, Tensor]]
@@ -50,14 +75,15 @@ def write(
         tensors: Tensors by their on-disk names.
         settings: ``adapter_config.json``.
         metadata: What the header of the weights says of them, to be compared with the settings when they are read.
+            SHA-256 of every tensor is added.
 
     Raises:
         OSError: If the folder cannot be written.
     """
-    texts = {"format": "pt", _METADATA: json.dumps(metadata, sort_keys=True)}
     # Cloned: safetensors refuses tensors that share memory, as a trained head and its tied embedding do.
     copies = {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    data = save(copies, texts)
+    sums = {key: sha256(tensor) for key, tensor in copies.items()}
+    data = save(copies, {"format": "pt", METADATA: json.dumps({**metadata, "sha256": sums}, sort_keys=True)})
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / CONFIG) as config, replacing(folder / WEIGHTS) as weights:
         weights.write_bytes(_with_sorted_header(data))
@@ -65,7 +91,7 @@ def write(
 
 
 def read(folder: Path) -> AdapterFile:
-    """Parse a folder.
+    """Parse a folder without reading its tensors.
 
     Raises:
         AdapterError: If it is not there, incomplete, damaged or a pickle, or uses what cannot be loaded.
@@ -81,11 +107,112 @@ def read(folder: Path) -> AdapterFile:
     if absent:
         raise AdapterError(f"{listing(absent)} is missing; a complete adapter has both {CONFIG} and {WEIGHTS}")
     try:
-        settings = peft.parse((folder / CONFIG).read_bytes())
-        peft.check_supported(settings)
+        settings = _settings(folder / CONFIG)
     except AdapterError as error:
         raise AdapterError(f"{CONFIG}: {error}") from None
-    tensors, metadata = _read_tensors(folder / WEIGHTS)
+    with _opened(folder / WEIGHTS) as file:
+        tensors = {key: _outline(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
+        metadata = _metadata(file.metadata() or {})
+    foreign = [key for key, tensor in tensors.items() if tensor.dtype not in _DTYPES and split_adapter_key(key)]
+    if foreign:
+        raise AdapterError(f"{WEIGHTS} holds {tensors[foreign[0]].dtype} in {listing(foreign)}, expected floats")
+    if metadata is not None:
+        _check_sums_cover(metadata, tensors)
+    return _sorted_out(settings, tensors, metadata)
+
+
+def load(folder: Path, file: AdapterFile) -> AdapterFile:
+    """Read the tensors of a folder whose header has been found good.
+
+    Raises:
+        AdapterError: If a tensor is not what was written, or not finite, or the file has been replaced since.
+    """
+    with _opened(folder / WEIGHTS) as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    outline = {key: (tensor.shape, tensor.dtype) for key, tensor in _flat(file).items()}
+    if outline != {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}:
+        raise AdapterError(f"{WEIGHTS} was replaced while it was being read; load it again")
+    sums = {} if file.metadata is None else file.metadata["sha256"]
+    changed = [key for key in sums if sha256(tensors[key]) != sums[key]]
+    if changed:
+        raise AdapterError(
+            f"{WEIGHTS} is damaged: the bytes of {listing(changed)} are not those that were written (SHA-256). Copy it "
+            "again from where it came from, or go back to another checkpoint"
+        )
+    broken = [key for key, tensor in tensors.items() if not is_finite(tensor.float())]
+    if broken:
+        raise AdapterError(f"{WEIGHTS} holds NaN or infinity in {listing(broken)}")
+    return _sorted_out(file.settings, tensors, file.metadata)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > peft.MAX_CONFIG_BYTES:
+        raise AdapterError(f"it has {size:,} bytes, more than any adapter config ({peft.MAX_CONFIG_BYTES:,})")
+    settings = peft.parse(path.read_bytes())
+    peft.check_supported(settings)
+    return settings
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The weights, opened. safetensors checks that tensors fill the file without overlap; the header's size is ours."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER_BYTES:
+            raise AdapterError(
+                f"{path.name} is no safetensors file, or damaged: its header would have {size:,} bytes, more than any "
+                f"adapter's ({MAX_HEADER_BYTES:,})"
+            )
+        with safe_open(path, "pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path.name} is truncated or no safetensors file ({error})") from None
+
+
+def _outline(part: Any) -> Tensor:
+    """A tensor of the shape and dtype that a header gives, without memory."""
+    name = part.get_dtype()
+    if name not in _SAFETENSORS_DTYPES:
+        raise AdapterError(f"{WEIGHTS} holds tensors of dtype {name}, which no adapter has")
+    return torch.empty(part.get_shape(), dtype=_SAFETENSORS_DTYPES[name], device="meta")
+
+
+def _metadata(texts: Mapping[str, str]) -> dict[str, Any] | None:
+    """What we wrote into the header, or None for a file by another program."""
+    if METADATA not in texts:
+        return None
+    try:
+        metadata = json.loads(texts[METADATA])
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise AdapterError(f"{WEIGHTS} has a damaged header")
+    version = metadata.get("version")
+    if version != VERSION:
+        raise AdapterError(
+            f"{WEIGHTS} is of format version {version!r}, and this lightning_lora reads version {VERSION}. Update it: "
+            "pip install -U lightning-lora"
+        )
+    return metadata
+
+
+def _check_sums_cover(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    sums = metadata.get("sha256")
+    if not isinstance(sums, dict):
+        raise AdapterError(f"{WEIGHTS} has a damaged header: it lacks the checksums of the tensors")
+    lost, extra = sorted(sums.keys() - tensors.keys()), sorted(tensors.keys() - sums.keys())
+    if lost or extra:
+        raise AdapterError(
+            f"{WEIGHTS} was changed since it was written: it lacks {listing(lost) or 'nothing'} and has beyond what "
+            f"was written {listing(extra) or 'nothing'}"
+        )
+
+
+def _sorted_out(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None
+) -> AdapterFile:
     adapters: dict[str, dict[str, Tensor]] = {}
     others = {}
     for key, tensor in tensors.items():
@@ -97,23 +224,9 @@ def read(folder: Path) -> AdapterFile:
     return AdapterFile(settings, adapters, others, metadata)
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
-            metadata = (file.metadata() or {}).get(_METADATA)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path.name} is truncated or no safetensors file ({error})") from None
-    foreign = [key for key, tensor in tensors.items() if tensor.dtype not in _DTYPES and split_adapter_key(key)]
-    if foreign:
-        raise AdapterError(f"{path.name} holds {tensors[foreign[0]].dtype} in {listing(foreign)}, expected floats")
-    broken = [key for key, tensor in tensors.items() if not is_finite(tensor.float())]
-    if broken:
-        raise AdapterError(f"{path.name} holds NaN or infinity in {listing(broken)}")
-    try:
-        return tensors, None if metadata is None else dict(json.loads(metadata))
-    except (TypeError, ValueError, RecursionError):
-        raise AdapterError(f"{path.name} has a damaged header") from None
+def _flat(file: AdapterFile) -> dict[str, Tensor]:
+    adapters = {adapter_key(path, leaf): t for path, leaves in file.adapters.items() for leaf, t in leaves.items()}
+    return {**adapters, **file.others}
 
 
 def _with_sorted_header(data: bytes) -> bytes:

@@ -13,14 +13,20 @@ from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import adapter_file, peft
 from lightning_lora.io.adapter_file import AdapterFile
 from lightning_lora.io.attention import PEFT_VERSION, is_packed, pack_configs, pack_tensors, unpacked
-from lightning_lora.io.description import describe
+from lightning_lora.io.description import describe, describe_configs
 from lightning_lora.io.experts import pack_stacks, stack_paths, unpacked_stacks
-from lightning_lora.io.fitting import plan_for, require_same
+from lightning_lora.io.fingerprint import base_fingerprint, to_json
+from lightning_lora.io.fitting import check_base, plan_for, require_same
 from lightning_lora.io.keys import PREFIX, adapter_key, canonical, leaves, shape_on_disk, trained_key
 from lightning_lora.model.inject import apply, check_name
 from lightning_lora.model.layers import adapted_layers, require_adapters
 from lightning_lora.model.merge import is_finite
-from lightning_lora.model.parameters import adapter_tensors, trained_modules, trained_outside_adapters
+from lightning_lora.model.parameters import (
+    adapter_tensors,
+    plain_adapters,
+    trained_modules,
+    trained_outside_adapters,
+)
 from lightning_lora.nn.conv import ConvKind
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.linear import LinearKind
@@ -30,15 +36,18 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
     """Write adapter ``name`` and the modules trained along with it to a folder that PEFT can load.
 
     Layers are named as in ``model``: pass the module you will load the adapter into. Each file is complete or absent,
-    and a reader of ours notices if the two are from different saves.
+    and a reader of ours notices if the two are from different saves, if a byte of a tensor has changed, and if the
+    adapter is loaded over other base weights. An adapter that started in the base weight (PiSSA, OLoRA, LoftQ) is
+    written as the plain LoRA of twice its rank that makes the same change to the original base.
 
     Raises:
         AdapterError: If there is no such adapter, if it holds NaN, or if the format cannot hold it.
         OSError: If the folder cannot be written; an adapter that was there before is untouched.
     """
     layers = {path: layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
+    configs = {canonical(path): adapter.config for path, adapter in plain_adapters(model, name).items()}
     settings = peft.to_peft(
-        pack_configs(model, {canonical(path): layer.adapter(name).config for path, layer in layers.items()}),
+        pack_configs(model, configs),
         names=_module_names(model),
         parameters=stack_paths(model),
         train=map(canonical, trained_modules(model, name)),
@@ -53,7 +62,15 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
             f"NaN or infinity in {listing(broken)}; not written. The training diverged: go back to an earlier "
             "checkpoint"
         )
-    adapter_file.write(Path(path), tensors, settings, describe(model, name))
+    metadata = (
+        describe(model, name)
+        | describe_configs(configs)
+        | {
+            "dropout": settings["lora_dropout"],
+            "base_fingerprint": to_json(base_fingerprint({canonical(path): layer for path, layer in layers.items()})),
+        }
+    )
+    adapter_file.write(Path(path), tensors, settings, metadata)
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -86,32 +103,40 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     return found
 
 
-def load_adapter(model: nn.Module, path: str | PathLike[str], name: str | None = None) -> nn.Module:
+def load_adapter(
+    model: nn.Module, path: str | PathLike[str], name: str | None = None, *, allow_base_mismatch: bool = False
+) -> nn.Module:
     """Load an adapter folder, ours or PEFT's, into ``model``, in place, and return the model.
 
     The adapter is injected if the model has none of that name, with the rank, scaling and targets of the file;
-    otherwise it has to match the one that is there. Everything is checked before anything changes.
+    otherwise it has to match the one that is there. Everything is checked before anything changes: the files, the
+    header against the model, the base model against the fingerprint in the header, and only then the tensors, which
+    have to be those that were written. What a file by another program cannot say is not checked, and logged.
 
     Args:
         model: The base model the adapter was trained on, plain or with adapters.
         path: The folder.
         name: What to call the adapter here; None means ``"default"``.
+        allow_base_mismatch: Whether to load it over weights that are not those it was trained on, e.g. a newer base.
 
     Raises:
-        AdapterError: If the folder is not there, damaged, a pickle, or does not fit the model; the message names the
-            file and the key.
+        AdapterError: If the folder is not there, damaged, a pickle, or does not fit the model or its weights; the
+            message names the file and the key.
         TargetError: If a layer of the model cannot be adapted.
     """
     name = "default" if name is None else name
     check_name(name)
     folder = Path(path)
     try:
-        file = unpacked_stacks(model, unpacked(model, adapter_file.read(folder)))
+        outline = adapter_file.read(folder)
+        file = unpacked_stacks(model, unpacked(model, outline))
         plan = plan_for(model, file)
-        present = adapted_layers(model).values()
-        if any(name in layer.adapters for layer in present):
+        present = any(name in layer.adapters for layer in adapted_layers(model).values())
+        if present:
             require_same(model, plan, name)
-        else:
+        check_base(model, plan, file, folder, allow_mismatch=allow_base_mismatch)
+        file = unpacked_stacks(model, unpacked(model, adapter_file.load(folder, outline)))
+        if not present:
             apply(model, plan, name=name)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None

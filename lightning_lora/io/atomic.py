@@ -1,12 +1,20 @@
-"""Writing files that are complete or absent."""
+"""Writing files that are complete or absent, and clearing away what a killed process has left of one."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
+
+_PREFIX = ".lightning_lora-"
+_SUFFIX = ".tmp"
+_ABANDONED_AFTER = 24 * 3600.0
 
 
 @contextmanager
@@ -15,13 +23,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A crash at any moment leaves the old file or the new one, never a part. The temporary file lies beside the target (a
     rename is atomic only within a filesystem), is flushed to disk before the rename, and gets the mode the user's umask
-    gives.
+    gives. Temporary files that processes now dead have left in that folder are deleted first.
 
     Raises:
         OSError: If the file cannot be written; the old one is untouched and no temporary file remains.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    sweep(path.parent)
+    # Not named after the target, whose name may be as long as names can be.
+    temporary = path.with_name(f"{_PREFIX}{_machine()}-{os.getpid()}-{uuid.uuid4().hex}{_SUFFIX}")
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
     mode = temporary.stat().st_mode
     try:
         yield temporary
@@ -32,6 +45,45 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Delete the temporary files in ``folder`` that no process is writing any more.
+
+    Of this machine those whose process is dead; of others (on a shared filesystem) those that a day has not touched.
+    """
+    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        with suppress(OSError):  # another process may be sweeping too
+            if _is_abandoned(path):
+                path.unlink()
+
+
+def _is_abandoned(path: Path) -> bool:
+    machine, _, rest = path.name.removeprefix(_PREFIX).partition("-")
+    pid = rest.partition("-")[0]
+    if os.name == "posix" and machine == _machine() and pid.isdigit():
+        return not _is_alive(int(pid))
+    return time.time() - path.stat().st_mtime > _ABANDONED_AFTER
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    """Where process ids count: this boot of this machine, and in containers this one."""
+    parts = [platform.node()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
 
 
 def _sync(path: Path) -> None:

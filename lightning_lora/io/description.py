@@ -10,10 +10,14 @@ from torch import nn
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.layers import require_adapters
 from lightning_lora.model.parameters import trained_modules
+from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.base import QuantizedLinear
-from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.low_rank import LowRankConfig
 
 VERSION = 1
+
+CHANCE = "chance"
+"""The start of adapters that were drawn, from whatever distribution."""
 
 Description = dict[str, Any]
 
@@ -22,30 +26,43 @@ def describe(model: nn.Module, name: str = "default") -> Description:
     """Describe adapter ``name`` of ``model``.
 
     Returns:
-        ``version``, ``method``, ``r``, ``alpha``, ``scaling`` (each one value, or a mapping from layer to value where
-        layers differ), ``targets`` (adapted layers), ``train`` (modules trained whole) and ``quantization`` (how the
-        base is stored).
+        ``version``, ``method``, the method's decisive fields such as ``r``, ``alpha`` and ``scaling``, ``start`` (each
+        one value, or a mapping from layer to value where layers differ), ``targets`` (adapted layers), ``train``
+        (modules trained whole) and ``quantization`` (how the base is stored).
     """
     layers = {canonical(path): layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
     configs = {path: layer.adapter(name).config for path, layer in layers.items()}
     stored = {path: _storage(layer.base_layer) for path, layer in layers.items()}
     return {
         "version": VERSION,
-        "method": _collapse({path: config.method for path, config in configs.items()}),
-        **describe_loras({path: config for path, config in configs.items() if isinstance(config, LoRAConfig)}),
+        **describe_configs(configs),
+        **describe_starts(configs),
         "train": sorted(map(canonical, trained_modules(model, name))),
         "quantization": _collapse(stored),
     }
 
 
-def describe_loras(configs: Mapping[str, LoRAConfig]) -> Description:
-    """The part of a description that decides what LoRA tensors mean: ``r``, ``alpha``, ``scaling`` and ``targets``."""
+def describe_configs(configs: Mapping[str, AdapterConfig]) -> Description:
+    """The part of a description that decides what tensors mean: ``method``, its decisive fields, and ``targets``."""
+    names = dict.fromkeys(name for config in configs.values() for name in config.decisive)
+    fields = {
+        name: {path: getattr(config, name) for path, config in configs.items() if name in config.decisive}
+        for name in names
+    }
     return {
-        "r": _collapse({path: config.r for path, config in configs.items()}),
-        "alpha": _collapse({path: float(config.alpha) for path, config in configs.items()}),
-        "scaling": _collapse({path: config.scaling for path, config in configs.items()}),
+        "method": _collapse({path: config.method for path, config in configs.items()}),
+        **{name: _collapse(values) for name, values in fields.items()},
         "targets": sorted(configs),
     }
+
+
+def describe_starts(configs: Mapping[str, AdapterConfig]) -> Description:
+    """``start``: the init of adapters whose start is computed from something, else ``"chance"``."""
+    starts = {
+        path: config.init if isinstance(config, LowRankConfig) and config.starts_from != CHANCE else CHANCE
+        for path, config in configs.items()
+    }
+    return {"start": _collapse(starts)} if starts else {}
 
 
 def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

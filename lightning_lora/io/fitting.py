@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from torch import nn
 
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import peft
 from lightning_lora.io.adapter_file import CONFIG, WEIGHTS, AdapterFile
-from lightning_lora.io.description import describe, describe_loras, differences
+from lightning_lora.io.description import describe, describe_configs, differences
+from lightning_lora.io.fingerprint import compare
 from lightning_lora.io.keys import PREFIX, canonical, leaves, shape_on_disk
+from lightning_lora.io.notes import tell
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.split import layer_at, named_layers
@@ -55,7 +58,8 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
             raise AdapterError(f"{WEIGHTS} holds layers that {CONFIG} does not name: {listing(extra)}")
     configs = peft.from_peft(file.settings, file.adapters)
     if file.metadata is not None:
-        apart = differences(file.metadata, describe_loras(configs))
+        dropout = float(file.settings.get("lora_dropout") or 0.0)
+        apart = differences(file.metadata, describe_configs(configs) | {"dropout": dropout})
         if apart:
             raise AdapterError(
                 f"{CONFIG} and the header of {WEIGHTS} disagree, one was changed or they are of two saves: "
@@ -73,10 +77,37 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
 def require_same(model: nn.Module, plan: Plan, name: str) -> None:
     """Raise ``AdapterError`` unless adapter ``name`` of the model is of the same kind as the planned one."""
     here = describe(model, name) | {"train": _keys_of(model, trained_modules(model, name))}
-    theirs = describe_loras({canonical(p): c for p, c in plan.layers.items() if isinstance(c, LoRAConfig)})
+    theirs = describe_configs({canonical(p): c for p, c in plan.layers.items() if isinstance(c, LoRAConfig)})
     apart = differences(theirs | {"train": _keys_of(model, plan.train)}, here)
     if apart:
         raise AdapterError(f"the model already has an adapter {name!r} of another kind: {'; '.join(apart)}")
+
+
+def check_base(model: nn.Module, plan: Plan, file: AdapterFile, folder: Path, *, allow_mismatch: bool) -> None:
+    """Compare the weights under the planned adapter with those it was trained on; log what cannot be compared.
+
+    Raises:
+        AdapterError: If they are others, and that is not allowed; the message names the layers.
+    """
+    if file.metadata is None:
+        tell(
+            f"{folder}: no header by lightning_lora, so neither tensors nor base model could be checked against "
+            "what was saved"
+        )
+        return
+    layers = {canonical(path): layer_at(model, path) for path in plan.layers}
+    try:
+        found = compare(file.metadata.get("base_fingerprint"), layers)
+    except ValueError as error:
+        raise AdapterError(f"{WEIGHTS} has a damaged header: {error}") from None
+    if found.unchecked:
+        reasons = listing(f"{path} ({why})" for path, why in found.unchecked.items())
+        tell(f"{folder}: whether the base is the one trained on could not be checked in {reasons}")
+    if found.differ and not allow_mismatch:
+        raise AdapterError(
+            f"{found}. Load the adapter into the base it was trained on (casting it afterwards is fine), or pass "
+            "allow_base_mismatch=True"
+        )
 
 
 def _is_adaptable(module: nn.Module) -> bool:

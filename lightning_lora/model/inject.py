@@ -13,11 +13,12 @@ from lightning_lora.errors import AdapterError, LoRAError, TargetError, listing
 from lightning_lora.model.active import activate
 from lightning_lora.model.layers import adapted_layers, adapter_names, replace
 from lightning_lora.model.parameters import mark_trained
+from lightning_lora.model.progress import progress
 from lightning_lora.model.split import module_around, place_of, taken_apart
 from lightning_lora.model.targets import ALL_LINEAR, Plan, Targets, refuse_tied, resolve
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import Adapter, AdapterConfig
-from lightning_lora.nn.base import hand_over_hooks, weight_device, weight_dtype
+from lightning_lora.nn.base import QuantizedLinear, hand_over_hooks, weight_device, weight_dtype
 from lightning_lora.nn.kinds import as_base
 from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.nn.split import Split
@@ -58,8 +59,23 @@ def inject(
     return apply(model, resolve(model, targets, config, exclude=exclude, train=train), name=name)
 
 
-def apply(model: nn.Module, plan: Plan, *, name: str = "default") -> nn.Module:
-    """Carry out a plan, in place, and return the model."""
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    name: str = "default",
+    device: torch.device | None = None,
+    start: bool = True,
+) -> nn.Module:
+    """Carry out a plan, in place, and return the model.
+
+    Args:
+        model: Any module.
+        plan: What to do.
+        name: The adapter's name.
+        device: Where weights are decomposed for adapters that start from them; None is where each weight is.
+        start: Whether adapters take their starts from the base now; not if their state is loaded next.
+    """
     if name in adapter_names(model):
         raise AdapterError(
             f"the model already holds an adapter {name!r} (on {listing(adapted_layers(model))}). Pass another name to "
@@ -82,12 +98,16 @@ def apply(model: nn.Module, plan: Plan, *, name: str = "default") -> nn.Module:
     refuse_tied(model, plan.layers)
     hosts, adapters = {}, {}
     splits: dict[nn.Module, Split] = {}
-    for path, config in plan.layers.items():
+    for path, config in progress(plan.layers.items(), "starting adapters"):
         layer = _layer(model, path, splits)
         hosts[layer] = host = _host(path, layer)
         adapters[host] = _build(host, config)
+        if start:
+            _start(path, host, adapters[host], device)
+    rows = next((layer.rows for layer in adapted_layers(model).values()), None)
     for host, adapter in adapters.items():
         host.adapters[name] = adapter
+        host.rows = rows  # within disabled() or routed() a new layer computes what the others do
     _split(model, splits)
     if not adapted_layers(model):  # a later adapter leaves trainable what an earlier one trains along
         model.requires_grad_(False)
@@ -145,3 +165,15 @@ def _host(path: str, layer: nn.Module) -> AdaptedLayer:
 def _build(host: AdaptedLayer, config: AdapterConfig) -> Adapter:
     dtype = torch.promote_types(weight_dtype(host.base_layer), torch.float32)
     return config.build(host.base_layer, device=weight_device(host.base_layer), dtype=dtype).train(host.training)
+
+
+def _start(path: str, host: AdaptedLayer, adapter: Adapter, device: torch.device | None) -> None:
+    if adapter.config.starts_from == "quantization" and isinstance(host.base_layer, QuantizedLinear):
+        raise TargetError(
+            f"{path} is quantized already, so its base cannot be fitted to an adapter any more. Use init='pissa' or "
+            "'kaiming' there, or start from the dense model and let quantize(...) do it"
+        )
+    try:
+        adapter.start(lambda: host.base_weight().to(device or host.device))
+    except ValueError as error:
+        raise TargetError(f"{path}: {error}, or exclude={path!r}") from None

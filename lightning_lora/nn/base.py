@@ -9,12 +9,27 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.nn.fingerprint import Fingerprint, is_held, sample, sha256
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.linear import LinearKind
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a quantized weight was made from.
+
+    Attributes:
+        weight: Fingerprint of the dense weight.
+        packed: Sample of the packed weight: other codes loaded in their place are of another origin.
+    """
+
+    weight: Fingerprint
+    packed: str
 
 
 class QuantizedLinear(nn.Module, ABC):
@@ -24,11 +39,13 @@ class QuantizedLinear(nn.Module, ABC):
         in_features: ``I``.
         out_features: ``O``.
         bias: Parameter of shape ``(O,)`` or None.
+        origin: What the weight was made from, or None where that was never seen. Copies and pickles take it along.
     """
 
     in_features: int
     out_features: int
     bias: nn.Parameter | None
+    origin: Origin | None = None
 
     @property
     @abstractmethod
@@ -57,6 +74,30 @@ class QuantizedLinear(nn.Module, ABC):
     @abstractmethod
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return ``W`` of shape ``(O, I)`` in ``dtype``: exactly the weight that :meth:`forward` multiplies with."""
+
+    def remember(self, weight: Fingerprint) -> None:
+        """Keep the fingerprint of the dense weight that this layer was made from."""
+        self.origin = Origin(weight, sample(*self._packed()))
+
+    def fingerprint(self, *, whole: bool = True) -> Fingerprint | None:
+        """Return the fingerprint of the dense weight; of the packed one, and so marked, where that is all there is.
+
+        None where neither is known, because other processes hold parts of it.
+        """
+        packed = self._packed()
+        held = all(map(is_held, packed))
+        if self.origin is not None and (not held or self.origin.packed == sample(*packed)):
+            return self.origin.weight
+        return self.packed_fingerprint(whole=whole) if held else None
+
+    def packed_fingerprint(self, *, whole: bool = True) -> Fingerprint:
+        """Return the fingerprint of codes and constants as they are stored."""
+        packed = self._packed()
+        digest = sha256(*packed) if whole else None
+        return Fingerprint((self.out_features, self.in_features), "uint8", sample(*packed), digest, self.storage)
+
+    def _packed(self) -> list[Tensor]:
+        return [tensor for name, tensor in sorted(self.state_dict().items()) if name != "bias"]
 
 
 _HOOKS = tuple(key for key in vars(nn.Module()) if "hook" in key and "state_dict" not in key)

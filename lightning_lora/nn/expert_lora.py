@@ -24,6 +24,8 @@ class ExpertLoRA(Adapter):
         lora_B: Up projections of shape ``(E, O, R)``, zero at the start.
     """
 
+    up = ("lora_B",)
+
     config: LoRAConfig
     kind: ExpertsKind
 

@@ -116,6 +116,6 @@ def _read(layer: nn.Module) -> Tensor:
         return dense_weight(layer, weight_dtype(layer))
     with torch.autocast(layer.device.type, enabled=False):  # it would round B A to half precision
         weight = dense_weight(layer.base_layer, weight_dtype(layer.base_layer))
-        for name in layer.active:
+        for name in layer.computing:
             weight = layer.adapter(name).merged(weight)
     return weight

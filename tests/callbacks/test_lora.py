@@ -73,11 +73,18 @@ def test_a_fit_trains_the_adapters_alone_and_merges(module, trainer, quantizatio
         assert relative_difference(module.eval()(TOKENS), watch.logits) <= 1e-5  # fp32, another order of summation
 
 
+def same_module() -> Module:
+    """What the fixture gives, built anew as in another process."""
+    torch.manual_seed(0)
+    return Module()
+
+
 class InSetup(Module):
     def __init__(self):
         super().__init__(nn.Identity())
 
     def setup(self, stage):
+        torch.manual_seed(0)  # as if the weights of a base were loaded here
         self.net = Net()
 
 
@@ -114,6 +121,24 @@ def loader_in(precision: str):
     dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
     data.dataset.tensors = (data.dataset.tensors[0], data.dataset.tensors[1].to(dtype))
     return data
+
+
+def test_updates_below_a_step_of_bf16_are_kept_under_bf16_true(trainer):
+    """The adapters are the master weights: 1.0 in bf16 is followed by 1.0078."""
+
+    class Still(Module):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-5)
+
+    class Set(Callback):
+        def on_train_start(self, trainer, pl_module):
+            for layer in adapted_layers(pl_module).values():
+                torch.nn.init.ones_(layer.adapter("default").lora_B)
+
+    module, watch = Still(), Watch()
+    trainer(Set(), watch, LoRACallback(r=4), precision="bf16-true", max_epochs=1).fit(module, loader_in("bf16-true"))
+    changed = [(watch.state[key] != 1).any().item() for key in watch.state if key.endswith("lora_B")]
+    assert changed == [True] * 6
 
 
 # Checkpoints
@@ -244,7 +269,9 @@ def test_a_checkpoint_of_another_fine_tune_is_refused_naming_both(module, traine
     run = trainer(LoRACallback(r=4), max_epochs=1)
     run.fit(module, loader())
     with pytest.raises(CheckpointError, match=said):
-        trainer(LoRACallback(**settings)).fit(Module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path)
+        trainer(LoRACallback(**settings)).fit(
+            same_module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path
+        )
 
 
 def test_a_full_checkpoint_is_refused_with_the_way_to_load_it(module, trainer, tmp_path):
@@ -433,7 +460,13 @@ def test_a_trainer_of_the_other_package_is_refused_with_what_to_import(tmp_path)
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"method": "dora"}, "method must be one of lora, got 'dora'"),
+        ({"method": "ia3"}, "method must be one of lora, dora, lora_fa, vera, got 'ia3'"),
+        (
+            {"method": "vera", "alpha": 16.0},
+            "method='vera' does not have alpha=16.0; it has r, dropout, d_initial, seed",
+        ),
+        ({"method": "dora", "adapter": "x"}, "adapter='x' brings its own method"),
+        ({"lr_ratio": 0}, "lr_ratio must be finite and above 0"),
         ({"quantization": "nf3"}, "quantization must be one of nf4, got 'nf3'"),
         ({"optimizer": "adamw"}, "optimizer must be one of paged_adamw_8bit, got 'adamw'"),
         ({"targets": {"q_proj": {"rank": 4}}}, r"targets\['q_proj'\] has rank; fields are r, alpha"),
@@ -626,7 +659,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_naming_both(module, traine
     second = None if first else "paged_adamw_8bit"
     with pytest.raises(CheckpointError, match=r"holds the state of .*AdamW.*, this run uses .*AdamW"):
         trainer(LoRACallback(r=4, optimizer=second)).fit(
-            Module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path
+            same_module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path
         )
 
 
@@ -645,7 +678,7 @@ def test_a_failed_test_leaves_the_module_merged(module, trainer):
 def test_numbers_from_numpy_can_be_saved_and_resumed(module, trainer):
     run = trainer(LoRACallback(r=np.int64(4), alpha=np.float32(8)), max_epochs=1)
     run.fit(module, loader())
-    trainer(LoRACallback(r=4, alpha=8)).fit(Module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path)
+    trainer(LoRACallback(r=4, alpha=8)).fit(same_module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", None])
@@ -711,3 +744,31 @@ def test_a_base_that_configure_optimizers_unfreezes_stays_frozen(trainer):
     trainer(watch, LoRACallback(r=4, quantization=None), max_epochs=1).fit(Unfreezes(), loader())
     assert len(watch.held) == len(watch.trained) == 12
     assert all(torch.equal(watch.after[name], base) for name, base in watch.base.items())
+
+
+@pytest.mark.filterwarnings("ignore::Warning")  # dynamo's own, about autograd functions and lru_cache
+def test_checkpoints_of_compiled_and_plain_submodules_are_the_same(trainer):
+    def compiled() -> Module:
+        torch.manual_seed(0)
+        return Module(torch.compile(Net(), backend="eager"))
+
+    run = trainer(LoRACallback(r=4), max_epochs=1)
+    run.fit(compiled(), loader())
+    path = run.checkpoint_callback.best_model_path
+    keys = torch.load(path, weights_only=True)["state_dict"]
+    assert not [key for key in keys if "_orig_mod" in key]
+    torch.manual_seed(0)
+    trainer(LoRACallback(r=4), max_epochs=2).fit(Module(), loader(), ckpt_path=path)
+    trainer(LoRACallback(r=4), max_epochs=2).fit(compiled(), loader(), ckpt_path=path)
+
+
+def test_a_module_that_configures_no_optimizer_is_told_so(trainer):
+    class Without(Module):
+        def configure_optimizers(self):
+            return None
+
+    with (
+        pytest.warns(UserWarning, match="configure_optimizers. returned .None"),
+        pytest.raises(OptimizerError, match="configure_optimizers returns None, so nothing would be trained"),
+    ):
+        trainer(LoRACallback(r=4)).fit(Without(), loader())

@@ -167,10 +167,10 @@ IN_B = "base_model.model.cross.lora_B.weight"
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({IN_B: lambda t: t + 1}, "cross are not the ones its header describes"),
+        ({IN_B: lambda t: t + 1}, r"the bytes of .*cross.lora_B.weight are not those that were written"),
         ({IN_B: lambda t: t[:-1]}, r"cross.lora_B.weight has shape \(35, 4\), expected \(36, 4\) for r=4"),
-        ({"drop": "out_proj.lora_A.weight"}, r"cross.base_layer.out_proj.lora_A.weight has shape no such tensor"),
-        ({"drop": "cross.lora_A.weight"}, r"cross.lora_A.weight has shape no such tensor"),
+        ({"drop": "out_proj.lora_A.weight"}, r"it lacks .*cross.base_layer.out_proj.lora_A.weight"),
+        ({"drop": "cross.lora_A.weight"}, r"it lacks .*cross.lora_A.weight"),
     ],
 )
 def test_a_damaged_file_says_what_is_wrong_and_changes_nothing(change, said, tmp_path):
