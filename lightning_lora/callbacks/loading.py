@@ -17,9 +17,9 @@ from lightning_lora.callbacks.settings import BASELINES, METHODS
 from lightning_lora.errors import CheckpointError, listing
 from lightning_lora.io.description import CHANCE, Description
 from lightning_lora.io.keys import canonical
-from lightning_lora.model.attention import named_layers
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.split import named_layers
 from lightning_lora.model.targets import Plan
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.quantize import quantize

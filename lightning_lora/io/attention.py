@@ -69,11 +69,11 @@ def pack_tensors(model: nn.Module, tensors: Mapping[str, Tensors]) -> dict[str, 
 
     Args:
         model: The model the adapters are in.
-        tensors: ``lora_A`` and ``lora_B`` of each adapted layer, by its name.
+        tensors: ``lora_A`` and ``lora_B`` of each adapted layer, by its canonical name.
     """
     packed: dict[str, dict[str, Tensor]] = {}
     for path, attention in _attentions(model).items():
-        mine = {name: tensors[key] for name in PROJECTIONS for key in tensors if canonical(key) == f"{path}.{name}"}
+        mine = {name: tensors[f"{path}.{name}"] for name in PROJECTIONS if f"{path}.{name}" in tensors}
         if mine:
             _require_one_size(path, attention)
             packed |= _packed(path, mine, attention.embed_dim)

@@ -14,9 +14,9 @@ from lightning_lora.io.description import describe, describe_configs, difference
 from lightning_lora.io.fingerprint import compare
 from lightning_lora.io.keys import PREFIX, canonical, leaves, shape_on_disk
 from lightning_lora.io.notes import tell
-from lightning_lora.model.attention import layer_at, named_layers
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.parameters import trained_modules
+from lightning_lora.model.split import layer_at, named_layers
 from lightning_lora.model.targets import Plan
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.conv import ConvKind

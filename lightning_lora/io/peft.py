@@ -32,7 +32,6 @@ _MUST_BE_OFF = (
     "layer_replication",
     "lora_bias",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_dora",
@@ -42,13 +41,19 @@ _MUST_BE_OFF = (
 
 
 def to_peft(
-    configs: Mapping[str, AdapterConfig], *, names: Iterable[str], train: Iterable[str] = (), transposed: bool = False
+    configs: Mapping[str, AdapterConfig],
+    *,
+    names: Iterable[str],
+    parameters: Iterable[str] = (),
+    train: Iterable[str] = (),
+    transposed: bool = False,
 ) -> dict[str, Any]:
     """Return PEFT's config for adapters by layer.
 
     Args:
         configs: Config of each adapted layer, by its name.
         names: Names of every module of the model, which decide how briefly the targets can be named.
+        parameters: Names of parameters that may be among the layers.
         train: Modules trained whole.
         transposed: Whether a layer stores its weight transposed, as Hugging Face's ``Conv1D``.
 
@@ -66,6 +71,8 @@ def to_peft(
     rank = _most_common(config.r for config in loras.values())
     alpha = _most_common(float(config.alpha) for config in loras.values())
     first = next(iter(loras.values()))
+    stacks = sorted(loras.keys() & set(parameters))
+    named = {"target_parameters": stacks} if stacks else {}
     return {
         **_DEFAULTS,
         "r": rank,
@@ -73,7 +80,8 @@ def to_peft(
         "lora_dropout": float(first.dropout),
         "fan_in_fan_out": transposed,
         "use_rslora": first.scaling == "rslora",
-        "target_modules": _target_modules(sorted(loras), names),
+        **named,
+        "target_modules": _target_modules(sorted(loras.keys() - set(stacks)), names),
         "modules_to_save": sorted(train) or None,
         "rank_pattern": {exactly(path): config.r for path, config in sorted(loras.items()) if config.r != rank},
         "alpha_pattern": {

@@ -1,8 +1,9 @@
 """From the user's words to a plan: which layers get which adapter. Pure; the model is read, never changed.
 
 A pattern is a dotted suffix (``q_proj``, ``attn.q_proj``), a whole name, or either with shell wildcards
-(``layers.*.q_proj``); ``*`` crosses dots. Every pattern has to match something: a misspelt target that is silently
-skipped is a fine-tune of half the model.
+(``layers.*.q_proj``); ``*`` crosses dots. The projections of an ``nn.MultiheadAttention`` are layers of their own here:
+``self_attn.q_proj``, ``k_proj``, ``v_proj``, ``out_proj``. Every pattern has to match something: a misspelt target that
+is silently skipped is a fine-tune of half the model.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import Protocol, runtime_checkable
 from torch import nn
 
 from lightning_lora.errors import TargetError, listing
-from lightning_lora.model.attention import layer_at, named_layers, place_of
 from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.split import layer_at, named_layers, place_of
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
-from lightning_lora.nn.attention import SplitAttention
+from lightning_lora.nn.experts import StackedWeight
 from lightning_lora.nn.kinds import has_kind, is_linear, kind_of, why_not_adaptable
+from lightning_lora.nn.split import Split
 
 ALL_LINEAR = "all-linear"
 
@@ -96,6 +98,7 @@ def resolve(
     for pattern, its_config in wanted.items():
         if pattern == ALL_LINEAR:
             left |= _passed_over(model, linear, trained)
+            left |= dict.fromkeys(_stacks(model, candidates), "a stack of experts; name it to adapt it")
             found = [name for name in linear if name not in left]
         else:
             found = _matching(model, candidates, pattern, "target", candidates.get)
@@ -213,6 +216,10 @@ def _passed_over(model: nn.Module, candidates: Mapping[str, str | None], trained
     return left
 
 
+def _stacks(model: nn.Module, candidates: Iterable[str]) -> list[str]:
+    return [name for name in candidates if isinstance(layer_at(model, name), StackedWeight)]
+
+
 def _output_heads(model: nn.Module, linear: list[str]) -> list[str]:
     """What the model itself calls its output head, else the last linear layer.
 
@@ -229,7 +236,7 @@ def _output_heads(model: nn.Module, linear: list[str]) -> list[str]:
 
 def _is_projection(model: nn.Module, name: str) -> bool:
     around = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(around, SplitAttention) or place_of(model, name) != name
+    return isinstance(around, Split) or place_of(model, name) != name
 
 
 def _refuse_overlap(pattern: str, found: list[str], trained: tuple[str, ...]) -> None:
@@ -245,7 +252,9 @@ def _check_shapes(model: nn.Module, layers: Mapping[str, AdapterConfig]) -> None
     for name, config in layers.items():
         layer = layer_at(model, name)
         try:
-            config.check(layer.kind if isinstance(layer, AdaptedLayer) else kind_of(layer))
+            kind = layer.kind if isinstance(layer, AdaptedLayer) else kind_of(layer)
+            kind.check(config)
+            config.check(kind)
         except ValueError as error:
             raise TargetError(f"{name}: {error}, or exclude={name!r}") from None
 

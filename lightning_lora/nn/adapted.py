@@ -51,9 +51,9 @@ class AdaptedLayer(nn.Module):
             routed: Tensor = self.rows.forward(self, x)
             return routed
         y: Tensor = self.base_layer(x)
-        if self.base_lacks is not None and self.base_lacks not in self._computing:
+        if self.base_lacks is not None and self.base_lacks not in self.computing:
             y = self.adapter(self.base_lacks).put_back(y, x)
-        for name in self._computing:
+        for name in self.computing:
             y = self.adapters[name](x, y, self.base_layer)
         return y
 
@@ -80,8 +80,8 @@ class AdaptedLayer(nn.Module):
             raise AdapterError(
                 "rows are routed to different adapters, which no one weight computes; leave routed() first"
             )
-        weight = self._stored_weight() if self.base_lacks in self._computing else self.base_weight()
-        for name in self._computing:
+        weight = self._stored_weight() if self.base_lacks in self.computing else self.base_weight()
+        for name in self.computing:
             weight = self.adapter(name).merged(weight)
         return weight
 
@@ -108,7 +108,8 @@ class AdaptedLayer(nn.Module):
         return weight_device(self.base_layer)
 
     @property
-    def _computing(self) -> tuple[str, ...]:
+    def computing(self) -> tuple[str, ...]:
+        """The adapters that compute now, for all rows: the active ones, and none within ``disabled`` or ``routed``."""
         return self.active if self.rows is None else ()
 
     def _shape(self) -> tuple[int, ...]:
