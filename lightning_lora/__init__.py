@@ -16,6 +16,7 @@ from lightning_lora.errors import (
     UnsupportedError,
 )
 from lightning_lora.io.adapter_folder import adapter_state_dict, load_adapter, save_adapter
+from lightning_lora.io.export import export_merged
 from lightning_lora.model.active import activate, delete_adapter, disabled
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge
@@ -53,6 +54,7 @@ __all__ = [
     "adapter_state_dict",
     "delete_adapter",
     "disabled",
+    "export_merged",
     "inject",
     "load_adapter",
     "load_from_checkpoint",

@@ -31,6 +31,7 @@ NAMES = {
     "adapter_state_dict",
     "delete_adapter",
     "disabled",
+    "export_merged",
     "inject",
     "load_adapter",
     "load_from_checkpoint",

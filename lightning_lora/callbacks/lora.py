@@ -46,7 +46,7 @@ from lightning_lora.callbacks.wraps import Undo, substitute, wrap
 from lightning_lora.errors import listing
 from lightning_lora.io.adapter_folder import save_adapter
 from lightning_lora.io.description import VERSION
-from lightning_lora.io.merged import save_merged
+from lightning_lora.io.export import export_merged
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.targets import ALL_LINEAR
@@ -84,8 +84,8 @@ class LoRACallback(Callback):
         quantization: ``"nf4"``, an ``NF4Config``, or None for a base in its own precision (plain LoRA).
         optimizer: ``"paged_adamw_8bit"``, or None to keep the class ``configure_optimizers`` returns.
         merge: Whether to merge at the end of training.
-        output_dir: Folder for the adapter (in PEFT's format) at the end of training and, with ``merge``, for the merged
-            weights.
+        output_dir: Folder for the adapter (in PEFT's format) at the end of training; with ``merge``, its subfolder
+            ``merged`` gets the merged model.
         adapter: Folder of a saved adapter to start from. Its rank, scaling and targets are used.
         on_save_error: What to do when a checkpoint cannot be written (a full disk): ``"raise"``, or ``"warn"`` and go
             on training; the last good checkpoint stays in either case.
@@ -323,15 +323,20 @@ class LoRACallback(Callback):
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        root = network(module)
         if self.output_dir is not None and trainer.is_global_zero:
             with told(self.output_dir, self.on_save_error):
-                save_adapter(root, self.output_dir)
+                self._write(network(module), Path(self.output_dir))
         if self.merge:
             FINETUNES[module].merge(module)
-            if self.output_dir is not None and trainer.is_global_zero:
-                with told(self.output_dir, self.on_save_error):
-                    save_merged(root, self.output_dir)
+
+    def _write(self, root: nn.Module, folder: Path) -> None:
+        """Write the adapter, and the merged model to a folder of its own.
+
+        transformers loads an adapter that lies beside merged weights on top of them.
+        """
+        save_adapter(root, folder)
+        if self.merge:
+            export_merged(root, folder / "merged")
 
     def _release(self) -> None:
         while self._undo:

@@ -22,6 +22,7 @@ from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import peft
 from lightning_lora.io.atomic import replacing
 from lightning_lora.io.description import VERSION
+from lightning_lora.io.dtypes import DTYPES
 from lightning_lora.io.keys import adapter_key, split_adapter_key
 from lightning_lora.model.merge import is_finite
 from lightning_lora.nn.fingerprint import sha256
@@ -30,21 +31,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MAX_HEADER_BYTES = 32 * 2**20
 METADATA = "lightning_lora"
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_SAFETENSORS_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PICKLE = (
     "holds a pickle, which can run code when it is read; refused. Convert it, by a reader that runs none: "
@@ -113,7 +100,7 @@ def read(folder: Path) -> AdapterFile:
     with _opened(folder / WEIGHTS) as file:
         tensors = {key: _outline(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
         metadata = _metadata(file.metadata() or {})
-    foreign = [key for key, tensor in tensors.items() if tensor.dtype not in _DTYPES and split_adapter_key(key)]
+    foreign = [key for key, tensor in tensors.items() if tensor.dtype not in _FLOATS and split_adapter_key(key)]
     if foreign:
         raise AdapterError(f"{WEIGHTS} holds {tensors[foreign[0]].dtype} in {listing(foreign)}, expected floats")
     if metadata is not None:
@@ -174,9 +161,9 @@ def _opened(path: Path) -> Iterator[Any]:
 def _outline(part: Any) -> Tensor:
     """A tensor of the shape and dtype that a header gives, without memory."""
     name = part.get_dtype()
-    if name not in _SAFETENSORS_DTYPES:
+    if name not in DTYPES:
         raise AdapterError(f"{WEIGHTS} holds tensors of dtype {name}, which no adapter has")
-    return torch.empty(part.get_shape(), dtype=_SAFETENSORS_DTYPES[name], device="meta")
+    return torch.empty(part.get_shape(), dtype=DTYPES[name], device="meta")
 
 
 def _metadata(texts: Mapping[str, str]) -> dict[str, Any] | None:
