@@ -121,7 +121,8 @@ class LoRA(Adapter):
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return ``W + s B A`` in ``weight``'s dtype."""
-        return weight + self.kind.from_matrix(delta(self.lora_A, self.lora_B, self.config.scale, weight.dtype))
+        # Added in place: a merge of a large layer holds the weight and the update, and no third of their size.
+        return self.kind.from_matrix(delta(self.lora_A, self.lora_B, self.config.scale, weight.dtype)).add_(weight)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
