@@ -12,12 +12,9 @@ from torch.optim import Optimizer
 from lightning_lora.callbacks.averaging import weights_in
 from lightning_lora.callbacks.finetune import FineTune
 from lightning_lora.errors import CheckpointError, listing
-from lightning_lora.io.description import differences
+from lightning_lora.io.description import KEY, differences
 from lightning_lora.io.fingerprint import compare
 from lightning_lora.optim.report import class_name
-
-KEY = "lightning_lora"
-"""The checkpoint entry that says what adapter the checkpoint holds."""
 
 
 def reduce_checkpoint(checkpoint: dict[str, Any], finetune: FineTune, optimizers: Sequence[Optimizer] = ()) -> None:

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 
-from lightning_lora.callbacks.checkpoints import KEY, complete_checkpoint
+from lightning_lora.callbacks.checkpoints import complete_checkpoint
 from lightning_lora.callbacks.finetune import FINETUNES, FineTune
 from lightning_lora.callbacks.settings import METHODS
 from lightning_lora.errors import CheckpointError, listing
-from lightning_lora.io.description import Description
+from lightning_lora.io.description import KEY, Description
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.callbacks.adapting import adapt, network
 from lightning_lora.callbacks.averaging import averagers, check_averagers, check_norms, set_averages_aside
-from lightning_lora.callbacks.checkpoints import KEY, check_optimizers, complete_checkpoint, reduce_checkpoint
+from lightning_lora.callbacks.checkpoints import check_optimizers, complete_checkpoint, reduce_checkpoint
 from lightning_lora.callbacks.compat import check_sharding, check_trainer
 from lightning_lora.callbacks.finetune import FINETUNES
 from lightning_lora.callbacks.gradients import check_gradients, check_loss
@@ -45,7 +45,7 @@ from lightning_lora.callbacks.sharded import full_state, load_sharded
 from lightning_lora.callbacks.wraps import Undo, substitute, wrap
 from lightning_lora.errors import listing
 from lightning_lora.io.adapter_folder import save_adapter
-from lightning_lora.io.description import VERSION
+from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.export import export_merged
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.parameters import trained_modules

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import peft
 from lightning_lora.io.atomic import replacing
-from lightning_lora.io.description import VERSION
+from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.dtypes import DTYPES
 from lightning_lora.io.keys import adapter_key, split_adapter_key
 from lightning_lora.model.merge import is_finite
@@ -30,7 +30,6 @@ from lightning_lora.nn.fingerprint import sha256
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MAX_HEADER_BYTES = 32 * 2**20
-METADATA = "lightning_lora"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PICKLE = (
@@ -67,10 +66,27 @@ def write(
     Raises:
         OSError: If the folder cannot be written.
     """
-    # Cloned: safetensors refuses tensors that share memory, as a trained head and its tied embedding do.
-    copies = {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    copies = _copies(tensors)
     sums = {key: sha256(tensor) for key, tensor in copies.items()}
-    data = save(copies, {"format": "pt", METADATA: json.dumps({**metadata, "sha256": sums}, sort_keys=True)})
+    data = save(copies, {"format": "pt", KEY: json.dumps({**metadata, "sha256": sums}, sort_keys=True)})
+    _write_both(folder, data, settings)
+
+
+def write_foreign(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Write both files of an adapter that another program has made, of which nothing more is known.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    _write_both(folder, save(_copies(tensors), {"format": "pt"}), settings)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cloned: safetensors refuses tensors that share memory, as a trained head and its tied embedding do."""
+    return {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+
+
+def _write_both(folder: Path, data: bytes, settings: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / CONFIG) as config, replacing(folder / WEIGHTS) as weights:
         weights.write_bytes(_with_sorted_header(data))
@@ -168,10 +184,10 @@ def _outline(part: Any) -> Tensor:
 
 def _metadata(texts: Mapping[str, str]) -> dict[str, Any] | None:
     """What we wrote into the header, or None for a file by another program."""
-    if METADATA not in texts:
+    if KEY not in texts:
         return None
     try:
-        metadata = json.loads(texts[METADATA])
+        metadata = json.loads(texts[KEY])
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):

@@ -11,9 +11,14 @@ from lightning_lora.io.keys import canonical
 from lightning_lora.model.layers import require_adapters
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.nn.base import QuantizedLinear
+from lightning_lora.nn.kind import Kind
+from lightning_lora.nn.linear import LinearKind
 from lightning_lora.nn.lora import LoRAConfig
 
 VERSION = 1
+
+KEY = "lightning_lora"
+"""The entry of a checkpoint, and of a file's header, that holds a description."""
 
 Description = dict[str, Any]
 
@@ -23,8 +28,8 @@ def describe(model: nn.Module, name: str = "default") -> Description:
 
     Returns:
         ``version``, ``method``, ``r``, ``alpha``, ``scaling`` (each one value, or a mapping from layer to value where
-        layers differ), ``targets`` (adapted layers), ``train`` (modules trained whole) and ``quantization`` (how the
-        base is stored).
+        layers differ), ``targets`` (adapted layers), ``kinds`` of layers, ``train`` (modules trained whole) and
+        ``quantization`` (how the base is stored).
     """
     layers = {canonical(path): layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
     configs = {path: layer.adapter(name).config for path, layer in layers.items()}
@@ -33,6 +38,7 @@ def describe(model: nn.Module, name: str = "default") -> Description:
         "version": VERSION,
         "method": _collapse({path: config.method for path, config in configs.items()}),
         **describe_loras({path: config for path, config in configs.items() if isinstance(config, LoRAConfig)}),
+        "kinds": _collapse({path: _kind(layer.kind) for path, layer in layers.items()}),
         "train": sorted(map(canonical, trained_modules(model, name))),
         "quantization": _collapse(stored),
     }
@@ -64,6 +70,10 @@ def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 def _storage(base: nn.Module) -> str:
     return base.storage if isinstance(base, QuantizedLinear) else "none"
+
+
+def _kind(kind: Kind) -> str:
+    return f"transposed {kind.name}" if isinstance(kind, LinearKind) and kind.transposed else kind.name
 
 
 def _collapse(values: Mapping[str, Any]) -> Any:

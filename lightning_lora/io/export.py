@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import MergeError, listing
-from lightning_lora.io.adapter_file import CONFIG, METADATA
+from lightning_lora.io.adapter_file import CONFIG
 from lightning_lora.io.atomic import replacing
-from lightning_lora.io.description import VERSION
+from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.dtypes import NAMES
 from lightning_lora.io.keys import canonical
 from lightning_lora.io.shards import Part, write_shards
@@ -88,7 +88,7 @@ def refuse_adapter_folder(folder: Path) -> None:
 
 def merged_metadata(**more: Any) -> dict[str, str]:
     """What the header of a merged file says of it."""
-    return {METADATA: json.dumps({"version": VERSION, "merged": True, **more}, sort_keys=True)}
+    return {KEY: json.dumps({"version": VERSION, "merged": True, **more}, sort_keys=True)}
 
 
 def _parts(model: nn.Module, dtype: torch.dtype | None) -> Iterator[Part]:
