@@ -6,13 +6,13 @@ import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from lightning.pytorch import LightningModule
 
 from lightning_lora.callbacks.checkpoints import complete_checkpoint
 from lightning_lora.callbacks.finetune import FINETUNES, FineTune
 from lightning_lora.callbacks.settings import METHODS
 from lightning_lora.errors import CheckpointError, listing
+from lightning_lora.io.checkpoint_file import read_checkpoint
 from lightning_lora.io.description import KEY, Description
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.inject import apply
@@ -40,12 +40,7 @@ def load_from_checkpoint(kind: type[Module], path: str | Path, **arguments: Any)
     Raises:
         CheckpointError: If the file is no checkpoint of adapters, or does not fit the module.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if KEY not in checkpoint:
-        raise CheckpointError(
-            f"{path} was not written by LoRACallback; {kind.__name__}.load_from_checkpoint reads it if it holds the "
-            "whole model"
-        )
+    checkpoint = read_checkpoint(Path(path))
     with warnings.catch_warnings():  # the keys it does not find are those of the base, and are checked below
         warnings.filterwarnings("ignore", message="Found keys that are")
         module = kind.load_from_checkpoint(path, map_location="cpu", strict=False, **arguments)

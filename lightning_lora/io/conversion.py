@@ -14,9 +14,10 @@ from lightning_lora.errors import AdapterError, CheckpointError, listing
 from lightning_lora.io import adapter_file, peft
 from lightning_lora.io.adapter_file import CONFIG
 from lightning_lora.io.atomic import replacing
+from lightning_lora.io.checkpoint_file import read_checkpoint, seal
 from lightning_lora.io.description import KEY, VERSION, Description, describe_loras
 from lightning_lora.io.fitting import configs_of
-from lightning_lora.io.inspection import factors, read_adapter, read_checkpoint
+from lightning_lora.io.inspection import factors, read_adapter, require_adapters_in
 from lightning_lora.io.keys import PREFIX, adapter_key, trained_key
 from lightning_lora.nn.lora import LoRAConfig
 
@@ -44,6 +45,7 @@ def checkpoint_to_folder(path: Path, folder: Path, prefix: str | None = None) ->
         CheckpointError: If it is damaged, or holds what a folder cannot.
     """
     checkpoint = read_checkpoint(path)
+    require_adapters_in(checkpoint, path)
     entry, state = checkpoint[KEY], checkpoint["state_dict"]
     names = [*entry["targets"], *entry["train"]]
     prefix = _common(names) if prefix is None else prefix
@@ -110,6 +112,7 @@ def folder_to_checkpoint(folder: Path, path: Path, prefix: str = "") -> None:
             entry[field] = _renamed(metadata[field], prefix)
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.6.6", "state_dict": state, KEY: entry}
+    seal(checkpoint)
     with replacing(path) as temporary:
         torch.save(checkpoint, temporary)
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -16,7 +15,8 @@ from lightning_lora.errors import AdapterError, CheckpointError, listing
 from lightning_lora.io import adapter_file
 from lightning_lora.io.adapter_file import CONFIG, AdapterFile
 from lightning_lora.io.base_files import BaseFiles
-from lightning_lora.io.description import KEY, VERSION, describe_loras
+from lightning_lora.io.checkpoint_file import read_checkpoint
+from lightning_lora.io.description import KEY, describe_loras
 from lightning_lora.io.fitting import configs_of
 from lightning_lora.io.shards import INDEX, SINGLE
 from lightning_lora.model.merge import is_finite
@@ -70,38 +70,17 @@ def read_adapter(path: Path) -> AdapterFile:
         raise AdapterError(f"{path}: {error}") from None
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint of adapters and check it; no code in it is run.
-
-    Raises:
-        CheckpointError: If it is damaged, or not of adapters.
-    """
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a dozen kinds, and none names the file
-        first = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{path} is damaged, or holds other than plain data and is not read ({type(error).__name__}: {first:.200}). "
-            "Use another checkpoint"
-        ) from None
-    entry = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
-    if not isinstance(entry, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{path} was not written by LoRACallback")
-    if entry.get("version") != VERSION:
-        raise CheckpointError(f"{path} is of format version {entry.get('version')!r}, expected {VERSION}")
+def require_adapters_in(checkpoint: dict[str, Any], path: Path) -> None:
+    """Raise ``CheckpointError`` if a checkpoint lacks adapters that its description names."""
     state = checkpoint["state_dict"]
     absent = [
         key
-        for layer in entry.get("targets", ())
+        for layer in checkpoint[KEY].get("targets", ())
         for key in (f"{layer}.adapters.default.lora_A", f"{layer}.adapters.default.lora_B")
-        if not isinstance(state.get(key), Tensor)
+        if key not in state
     ]
     if absent:
         raise CheckpointError(f"{path} lacks {listing(absent)}")
-    broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not is_finite(tensor)]
-    if broken:
-        raise CheckpointError(f"{path} holds NaN or infinity in {listing(broken)}. Go back to an earlier one")
-    return checkpoint
 
 
 def require_sound(files: BaseFiles) -> None:
@@ -156,6 +135,7 @@ def factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
+    require_adapters_in(checkpoint, path)
     entry, state = checkpoint[KEY], checkpoint["state_dict"]
     layers = []
     for name in entry["targets"]:

@@ -566,7 +566,7 @@ def test_a_module_that_does_not_fit_its_checkpoint_is_refused(trainer, tmp_path)
         load_from_checkpoint(Deeper, best(run), depth=1)
     whole = trainer()
     whole.fit(fresh(WithOptimizer))
-    with pytest.raises(CheckpointError, match=r"not written by LoRACallback; WithOptimizer\.load_from_checkpoint"):
+    with pytest.raises(CheckpointError, match=r"not written by LoRACallback; .*load_from_checkpoint"):
         load_from_checkpoint(WithOptimizer, best(whole))
 
 

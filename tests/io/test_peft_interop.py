@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_lora import AdapterError, LoRAConfig, inject, load_adapter, quantize, save_adapter
