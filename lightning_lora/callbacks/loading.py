@@ -51,7 +51,10 @@ def load_from_checkpoint(kind: type[Module], path: str | Path, **arguments: Any)
         if storage is not None:
             quantize(module, storage)
     finetune = FineTune(module)
-    complete_checkpoint(checkpoint, finetune, module)
+    try:
+        complete_checkpoint(checkpoint, finetune, module)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     module.load_state_dict(checkpoint["state_dict"])
     FINETUNES[module] = finetune
     return module.eval()

@@ -195,8 +195,8 @@ def _metadata(texts: Mapping[str, str]) -> dict[str, Any] | None:
     version = metadata.get("version")
     if version != VERSION:
         raise AdapterError(
-            f"{WEIGHTS} is of format version {version!r}, and this lightning_lora reads version {VERSION}. Update it: "
-            "pip install -U lightning-lora"
+            f"{WEIGHTS} is of format version {version!r:.80}, and this lightning_lora reads version {VERSION}. "
+            "Update it: pip install -U lightning-lora"
         )
     return metadata
 

@@ -80,7 +80,7 @@ def require_sealed(checkpoint: Mapping[str, Any], path: object) -> None:
     entry, state = checkpoint[KEY], checkpoint.get("state_dict")
     if entry.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} is of format version {entry.get('version')!r}, and this lightning_lora reads version {VERSION}. "
+            f"{path} is of format version {entry.get('version')!r:.80}, and this lightning_lora reads {VERSION}. "
             "Update it: pip install -U lightning-lora"
         )
     if not isinstance(checkpoint.get(_LIGHTNING), str):
@@ -121,9 +121,9 @@ def _described(entry: Mapping[str, Any]) -> str:
 def _damage(path: Path) -> str | None:
     if path.stat().st_size == 0:
         return "it is empty"
-    if not zipfile.is_zipfile(path):
-        return f"it is cut short, or no file by torch.save ({path.stat().st_size:,} bytes)"
     try:
+        if not zipfile.is_zipfile(path):
+            return f"it is cut short, or no file by torch.save ({path.stat().st_size:,} bytes)"
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(record.file_size for record in archive.infolist())
             if unpacked > path.stat().st_size:

@@ -60,7 +60,7 @@ def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     for key in here:
         if key in saved and saved[key] != here[key]:
             theirs, ours = saved[key], here[key]
-            if isinstance(theirs, list) and isinstance(ours, list):
+            if _are_names(theirs) and _are_names(ours):
                 only_there, only_here = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
                 found.append(f"{key}: {_some(only_there)} only there, {_some(only_here)} only here")
             else:
@@ -70,6 +70,10 @@ def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 def _storage(base: nn.Module) -> str:
     return base.storage if isinstance(base, QuantizedLinear) else "none"
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _kind(kind: Kind) -> str:

@@ -124,7 +124,7 @@ def from_peft(settings: Mapping[str, Any], layers: Iterable[str]) -> dict[str, L
             for path in layers
         }
     except (TypeError, ValueError) as error:
-        raise AdapterError(str(error)) from None
+        raise AdapterError(f"{error!s:.300}") from None
 
 
 def expected_layers(settings: Mapping[str, Any], linear: Iterable[str]) -> set[str] | None:
