@@ -18,11 +18,18 @@ from lightning_lora.errors import (
 from lightning_lora.io.adapter_folder import adapter_state_dict, load_adapter, save_adapter
 from lightning_lora.io.export import export_merged
 from lightning_lora.model.active import activate, delete_adapter, disabled
+from lightning_lora.model.combine import combine
+from lightning_lora.model.eva import initialize_eva
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge
 from lightning_lora.model.parameters import adapter_parameters
+from lightning_lora.model.routing import routed
 from lightning_lora.model.summary import summary
+from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.lora_fa import LoRAFAConfig
+from lightning_lora.nn.vera import VeRAConfig
+from lightning_lora.optim.lora_plus import param_groups
 from lightning_lora.quantization import adopt as _adopt  # noqa: F401 (registers bitsandbytes' layers as bases)
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.quantize import quantize
@@ -35,12 +42,14 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterError",
     "CheckpointError",
+    "DoRAConfig",
     "GradientError",
     "LoRACLI",
     "LoRACallback",
     "LoRAConfig",
     "LoRADDPStrategy",
     "LoRAError",
+    "LoRAFAConfig",
     "LoRAStrategy",
     "MergeError",
     "NF4Config",
@@ -48,18 +57,23 @@ __all__ = [
     "QuantizationError",
     "TargetError",
     "UnsupportedError",
+    "VeRAConfig",
     "__version__",
     "activate",
     "adapter_parameters",
     "adapter_state_dict",
+    "combine",
     "delete_adapter",
     "disabled",
     "export_merged",
+    "initialize_eva",
     "inject",
     "load_adapter",
     "load_from_checkpoint",
     "merge",
+    "param_groups",
     "quantize",
+    "routed",
     "save_adapter",
     "summary",
 ]

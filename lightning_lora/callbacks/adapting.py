@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,18 +15,21 @@ from lightning_lora.callbacks.processes import is_sharded, require_equal_bases
 from lightning_lora.callbacks.settings import Settings
 from lightning_lora.errors import AdapterError, TargetError, UnsupportedError, listing
 from lightning_lora.io.adapter_folder import load_adapter
-from lightning_lora.io.description import describe_loras, differences
+from lightning_lora.io.description import describe_configs, describe_starts, differences
 from lightning_lora.io.keys import canonical
+from lightning_lora.model.attention import layer_at
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.merge import is_finite
 from lightning_lora.model.summary import summary
 from lightning_lora.model.targets import Plan, resolve
 from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.nn.attention import PROJECTIONS, SplitAttention
 from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
 from lightning_lora.nn.kinds import has_kind
-from lightning_lora.nn.lora import LoRAConfig
-from lightning_lora.quantization.quantize import check_quantizable, quantize
+from lightning_lora.nn.low_rank import LowRankConfig
+from lightning_lora.quantization.quantize import check_quantizable, quantize, refuse_unfitted
 
 
 def adapt(module: LightningModule, settings: Settings, *, device: torch.device, training: bool) -> FineTune:
@@ -72,13 +75,15 @@ def network(module: LightningModule) -> nn.Module:
     """
     children = [child for child in module.children() if next(child.parameters(), None) is not None]
     own = next(module.parameters(recurse=False), None) is not None
-    layer = bool(children) and (isinstance(children[0], AdaptedLayer) or has_kind(children[0]))
+    replaced = (AdaptedLayer, SplitAttention, nn.MultiheadAttention)
+    layer = bool(children) and (isinstance(children[0], replaced) or has_kind(children[0]))
     shell = len(children) == 1 and not own and not layer
     return children[0] if shell else module
 
 
 def _inject(module: LightningModule, settings: Settings, device: torch.device) -> Owners:
     where = None if device.type == "cpu" else device
+    packed = _packed_weights(module)
     if settings.adapter is not None:
         load_adapter(network(module), settings.adapter)
         if settings.quantization is not None:
@@ -86,19 +91,38 @@ def _inject(module: LightningModule, settings: Settings, device: torch.device) -
     else:
         plan = resolve(module, settings.targets, settings.config, exclude=settings.exclude, train=settings.train)
         _check_base(module, plan, settings, where)
-        apply(module, plan)
+        apply(module, plan, device=where)
         _tell("left as they are", plan.left)
-    owners = _owners(module)
+    owners = _owners(module, packed)
     if settings.quantization is not None:
         _tell("not quantized", check_quantizable(adapted_layers(module), where))
         quantize(module, settings.quantization, device=where)
+        require_equal_bases(_taken_off(module))
     return owners
 
 
-def _owners(module: nn.Module) -> Owners:
+def _taken_off(module: nn.Module) -> dict[str, Tensor]:
+    """The bits of what the bases were quantized without."""
+    buffers = dict(module.named_buffers())
+    return {name: bits for name, bits in buffers.items() if name.endswith((".taken_A", ".taken_B"))}
+
+
+def _packed_weights(module: nn.Module) -> MutableMapping[Tensor, str]:
+    """The weights that attentions keep for three projections in one, with the name of the attention."""
+    found: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
+    for name, child in module.named_modules():
+        if isinstance(child, nn.MultiheadAttention) and child.in_proj_weight is not None:
+            found[child.in_proj_weight] = name
+    return found
+
+
+def _owners(module: nn.Module, packed: MutableMapping[Tensor, str]) -> Owners:
     owners: Owners = WeakIdKeyDictionary()
     layers = adapted_layers(module)
-    owners.update((weight, layers[path]) for path, weight in _dense_weights(module).items())
+    owners.update((weight, (layers[path],)) for path, weight in _dense_weights(module).items())
+    for weight, path in packed.items():
+        inside = tuple(layers[f"{path}.{name}"] for name in PROJECTIONS[:3] if f"{path}.{name}" in layers)
+        owners.update({weight: inside} if inside else {})
     return owners
 
 
@@ -110,7 +134,15 @@ def _dense_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def _check_base(module: LightningModule, plan: Plan, settings: Settings, device: torch.device | None) -> None:
     """See that the base can be trained on, and quantized if it is to be, before anything is changed."""
-    layers = {name: module.get_submodule(name) for name in plan.layers}
+    from_data = [name for name, config in plan.layers.items() if config.starts_from == "data"]
+    if from_data:
+        raise UnsupportedError(
+            f"init='eva' starts {listing(from_data)} from data, and to run the module on it before the fit would touch "
+            "its metrics and logs. Do it before fit, with the callback's own values: inject(module, config=LoRAConfig("
+            "init='eva', r=...)); initialize_eva(module, batches, forward=...); with quantization, quantize(module). "
+            "To resume, start from module = load_from_checkpoint(...)"
+        )
+    layers = {name: layer_at(module, name) for name in plan.layers}
     weights = {
         name: stored_weight(layer).detach()
         for name, layer in layers.items()
@@ -134,7 +166,7 @@ def _check_base(module: LightningModule, plan: Plan, settings: Settings, device:
                 f"the base weight of {name} holds NaN or infinity. Mend the base model, or exclude={name!r}"
             )
     if settings.quantization is not None:
-        check_quantizable(layers, device)
+        refuse_unfitted(plan.layers, check_quantizable(layers, device))
         require_equal_bases(weights)
 
 
@@ -148,10 +180,16 @@ def _require_same(module: LightningModule, settings: Settings, finetune: FineTun
             )
         return
     plan = resolve(module, settings.targets, settings.config, exclude=settings.exclude, train=settings.train)
-    configs = {canonical(name): config for name, config in plan.layers.items() if isinstance(config, LoRAConfig)}
+    configs = {canonical(name): config for name, config in plan.layers.items()}
     whole = {id(p) for path in plan.train for p in module.get_submodule(path).parameters()}
     trained = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in whole]
-    wanted = describe_loras(configs) | {"train": trained, "dropout": _dropouts(configs)}
+    configs |= {  # EVA has chosen their ranks
+        name: found
+        for name, found in finetune.configs.items()
+        if name in configs and _from_data(found) and _from_data(configs[name])
+    }
+    wanted = describe_configs(configs) | describe_starts(configs)
+    wanted |= {"train": trained, "dropout": _dropouts(configs)}
     found = finetune.description | {"train": finetune.trained, "dropout": _dropouts(finetune.configs)}
     if settings.quantization is None:
         wanted["quantization"] = "none"
@@ -181,5 +219,9 @@ def _tell(what: str, layers: Mapping[str, str]) -> None:
         rank_zero_info(f"LoRA: {what}: {listing(f'{name} ({reason})' for name, reason in layers.items())}")
 
 
-def _dropouts(configs: Mapping[str, LoRAConfig]) -> list[str]:
+def _dropouts(configs: Mapping[str, AdapterConfig]) -> list[str]:
     return sorted({f"{config.dropout:g}" for config in configs.values()})
+
+
+def _from_data(config: AdapterConfig) -> bool:
+    return isinstance(config, LowRankConfig) and config.starts_from == "data"

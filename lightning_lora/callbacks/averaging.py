@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
-from lightning_lora.errors import UnsupportedError, listing
+from lightning_lora.errors import TargetError, UnsupportedError, listing
 
 _AVERAGERS = (WeightAveraging, StochasticWeightAveraging)
 
@@ -42,6 +42,21 @@ def check_averagers(trainer: Trainer, lora: Callback, *, quantized: bool) -> Non
                 f"{name} would average the packed codes of the quantized base as if they were numbers. Pass "
                 f"{name}(use_buffers=False), or LoRACallback(quantization=None)"
             )
+
+
+def adapt_early(module: LightningModule) -> None:
+    """Let the module be adapted before it is copied: as soon as the callback has wrapped ``configure_model``.
+
+    Raises:
+        TargetError: If there is nothing to adapt yet.
+    """
+    try:
+        module.configure_model()
+    except TargetError as error:
+        raise TargetError(
+            f"{error}. (A callback that averages weights copies the module before its setup() is called: build the "
+            "layers in __init__ or configure_model)"
+        ) from None
 
 
 def check_norms(trainer: Trainer, module: LightningModule) -> None:

@@ -15,6 +15,7 @@ from lightning_lora.errors import CheckpointError, listing
 from lightning_lora.io.checkpoint_file import seal
 from lightning_lora.io.description import KEY, differences
 from lightning_lora.io.fingerprint import compare
+from lightning_lora.io.keys import canonical
 from lightning_lora.optim.report import class_name
 
 
@@ -26,7 +27,7 @@ def reduce_checkpoint(checkpoint: dict[str, Any], finetune: FineTune, optimizers
     for holder, key in weights_in(checkpoint):
         if holder[key]:  # where weights are gathered from several processes, all but the first hold none
             available = {**finetune.state(), **holder[key]}
-            holder[key] = {name: available[name] for name in finetune.keys}
+            holder[key] = {canonical(name): available[name] for name in finetune.keys}
     entry |= finetune.description | {
         "base_fingerprint": finetune.base_fingerprint,
         "optimizers": [class_name(optimizer) for optimizer in optimizers],
@@ -47,7 +48,7 @@ def complete_checkpoint(checkpoint: dict[str, Any], finetune: FineTune, module: 
     frozen: dict[str, Tensor] = module.state_dict()
     for holder, key in weights_in(checkpoint):
         check_keys(holder[key], finetune)
-        holder[key] = {**frozen, **holder[key]}
+        holder[key] = {**frozen, **{name: holder[key][canonical(name)] for name in finetune.keys}}
 
 
 def check_belongs(checkpoint: Mapping[str, Any], finetune: FineTune) -> None:
@@ -90,8 +91,8 @@ def check_base(description: Mapping[str, Any], finetune: FineTune) -> None:
 
 def check_keys(names: Iterable[str], finetune: FineTune) -> None:
     """Raise ``CheckpointError`` unless these are exactly the tensors the fine-tune saves."""
-    saved = set(names)
-    missing, extra = [key for key in finetune.keys if key not in saved], sorted(saved - set(finetune.keys))
+    saved, expected = set(names), list(map(canonical, finetune.keys))
+    missing, extra = [key for key in expected if key not in saved], sorted(saved - set(expected))
     if missing or extra:
         raise CheckpointError(
             f"this checkpoint lacks {listing(missing) or 'nothing'} and has beyond its adapter "

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from lightning_lora.io.description import Description, describe
 from lightning_lora.io.fingerprint import Saved, base_fingerprint, to_json
 from lightning_lora.io.keys import canonical
+from lightning_lora.model.attention import Host, hosts
 from lightning_lora.model.checksum import bit_sum
 from lightning_lora.model.layers import adapted_layers, replace
 from lightning_lora.model.merge import check_mergeable, merged
 from lightning_lora.model.parameters import adapter_state_keys, trained_outside_adapters
 from lightning_lora.nn.adapted import AdaptedLayer
-from lightning_lora.nn.base import QuantizedLinear, stored_weight, weight_device
-from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.nn.base import QuantizedLinear
 
-Owners = MutableMapping[Tensor, AdaptedLayer]
-"""The adapted layer that each weight of the original model went into, by identity and without keeping it alive."""
+Owners = MutableMapping[Tensor, tuple[nn.Module, ...]]
+"""The adapted layers that each weight of the original model went into, by identity and without keeping it alive."""
 
 
 class FineTune:
@@ -55,8 +56,9 @@ class FineTune:
         self.keys = adapter_state_keys(module)
         named = module.named_parameters(remove_duplicate=False)
         self.trainable = {canonical(name) for name, parameter in named if parameter.requires_grad}
-        self._merged: dict[AdaptedLayer, nn.Module] = {}
-        self._sums: dict[AdaptedLayer, int] = {}
+        self._hosts = hosts(module)
+        self._merged: dict[Host, nn.Module] = {}
+        self._sums: dict[Host, int] = {}
 
     @cached_property
     def base_fingerprint(self) -> Saved:
@@ -73,10 +75,9 @@ class FineTune:
         return {canonical(path): layer for path, layer in self.layers.items()}
 
     @property
-    def configs(self) -> dict[str, LoRAConfig]:
+    def configs(self) -> dict[str, AdapterConfig]:
         """The config of each adapted layer."""
-        configs = {canonical(path): layer.adapter("default").config for path, layer in self.layers.items()}
-        return {path: config for path, config in configs.items() if isinstance(config, LoRAConfig)}
+        return {canonical(path): layer.adapter("default").config for path, layer in self.layers.items()}
 
     @property
     def dense(self) -> set[str]:
@@ -108,33 +109,41 @@ class FineTune:
             MergeError: If a weight is not finite; the module is left as it is.
         """
         check_mergeable(self.layers)
-        plain: dict[AdaptedLayer, nn.Module] = {}
+        plain: dict[Host, nn.Module] = {}
         try:
-            for layer in self.layers.values():
-                plain[layer] = merged(layer)
-                layer.to("cpu")
+            for host in self._hosts.values():
+                plain[host] = merged(host)
+                host.to("cpu")
         except BaseException:
-            for layer, linear in plain.items():
-                layer.to(weight_device(linear))
+            for host, layer in plain.items():
+                host.to(_device(layer))
             raise
         replace(module, plain)
         self._merged = plain
-        self._sums = {layer: bit_sum(stored_weight(linear)) for layer, linear in plain.items()}
+        self._sums = {host: _bits(layer) for host, layer in plain.items()}
 
     def is_merged_in(self, module: nn.Module) -> bool:
         """Whether ``module`` holds the merged layers as they were made: not rebuilt, reloaded or trained since."""
         here = set(module.modules())
         return self.is_merged and all(
-            plain in here and bit_sum(stored_weight(plain)) == self._sums[layer]
-            for layer, plain in self._merged.items()
+            plain in here and _bits(plain) == self._sums[host] for host, plain in self._merged.items()
         )
 
     def unmerge(self, module: nn.Module) -> None:
         """Put the adapted layers back."""
-        for layer, plain in self._merged.items():
-            layer.to(weight_device(plain)).train(plain.training)
-        replace(module, {plain: layer for layer, plain in self._merged.items()})
+        for host, plain in self._merged.items():
+            host.to(_device(plain)).train(plain.training)
+        replace(module, {plain: host for host, plain in self._merged.items()})
         self._merged = {}
+
+
+def _device(plain: nn.Module) -> torch.device:
+    return next(plain.parameters()).device
+
+
+def _bits(plain: nn.Module) -> int:
+    """A checksum of the weights: of everything but vectors."""
+    return sum(bit_sum(parameter) for parameter in plain.parameters() if parameter.dim() > 1)
 
 
 FINETUNES: WeakKeyDictionary[nn.Module, FineTune] = WeakKeyDictionary()

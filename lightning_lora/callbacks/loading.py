@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from lightning_lora.callbacks.checkpoints import complete_checkpoint
 from lightning_lora.callbacks.finetune import FINETUNES, FineTune
 from lightning_lora.callbacks.settings import METHODS
 from lightning_lora.errors import CheckpointError, listing
 from lightning_lora.io.checkpoint_file import read_checkpoint
-from lightning_lora.io.description import KEY, Description
+from lightning_lora.io.description import CHANCE, KEY, Description
 from lightning_lora.io.keys import canonical
+from lightning_lora.model.attention import named_layers
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.targets import Plan
@@ -46,9 +49,10 @@ def load_from_checkpoint(kind: type[Module], path: str | Path, **arguments: Any)
         module = kind.load_from_checkpoint(path, map_location="cpu", strict=False, **arguments)
     if not adapted_layers(module):
         description = checkpoint[KEY]
-        apply(module, _plan(module, description))
+        apply(module, _plan(module, description), start=False)
         storage = _storage(description)
         if storage is not None:
+            _resume(module, checkpoint["state_dict"])  # what the base was quantized without has to be known before
             quantize(module, storage)
     finetune = FineTune(module)
     try:
@@ -61,20 +65,34 @@ def load_from_checkpoint(kind: type[Module], path: str | Path, **arguments: Any)
 
 
 def _plan(module: LightningModule, description: Description) -> Plan:
-    live = {canonical(name): name for name, _ in module.named_modules()}
+    live = {canonical(name): name for name, _ in named_layers(module)}
     absent = [name for name in [*description["targets"], *description["train"]] if name not in live]
     if absent:
         raise CheckpointError(
             f"the checkpoint adapts {listing(absent)}, which {type(module).__name__} does not have. Build it with the "
             "arguments it was trained with"
         )
+    methods = {name: METHODS[_of(description, "method", name)] for name in description["targets"]}
     layers = {
-        live[name]: METHODS[_of(description, "method", name)](
-            **{field: _of(description, field, name) for field in ("r", "alpha", "scaling")}
+        live[name]: method(
+            **{field: _of(description, field, name) for field in method.decisive}, **_init(description, name)
         )
-        for name in description["targets"]
+        for name, method in methods.items()
     }
     return Plan(layers=layers, train=tuple(live[name] for name in description["train"]))
+
+
+def _init(description: Description, layer: str) -> dict[str, Any]:
+    """The init of an adapter whose start was computed; how that of others was drawn does not matter any more."""
+    start = str(_of(description, "start", layer)) if "start" in description else CHANCE
+    return {} if start == CHANCE else {"init": start}
+
+
+def _resume(module: LightningModule, state: Mapping[str, Tensor]) -> None:
+    for path, layer in adapted_layers(module).items():
+        for name in layer.adapters:
+            prefix = f"{path}.adapters.{name}."
+            layer.adapter(name).resume({k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)})
 
 
 def _of(description: Description, field: str, layer: str) -> Any:

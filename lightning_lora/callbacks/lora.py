@@ -12,30 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.callbacks.adapting import adapt, network
-from lightning_lora.callbacks.averaging import averagers, check_averagers, check_norms, set_averages_aside
+from lightning_lora.callbacks.averaging import adapt_early, averagers, check_averagers, check_norms, set_averages_aside
 from lightning_lora.callbacks.checkpoints import check_optimizers, complete_checkpoint, reduce_checkpoint
 from lightning_lora.callbacks.compat import check_sharding, check_trainer
 from lightning_lora.callbacks.finetune import FINETUNES
 from lightning_lora.callbacks.gradients import check_gradients, check_loss
 from lightning_lora.callbacks.interruption import keep_interrupted_run
 from lightning_lora.callbacks.processes import require_sharded, spare_quantized_buffers
-from lightning_lora.callbacks.resume import (
-    process_states,
-    restore_gradients,
-    restore_random_state,
-    tell_what_is_not_restored,
-)
+from lightning_lora.callbacks.progress import validation_follows
+from lightning_lora.callbacks.resume import Resumption, process_states, restore_random_state, tell_what_is_not_restored
 from lightning_lora.callbacks.saving import ON_SAVE_ERROR, guard_saves, told
 from lightning_lora.callbacks.settings import (
-    METHODS,
     OPTIMIZERS,
     Settings,
+    as_config,
     as_quantization,
     as_tuple,
     check_choice,
@@ -43,7 +40,7 @@ from lightning_lora.callbacks.settings import (
 )
 from lightning_lora.callbacks.sharded import full_state, load_sharded
 from lightning_lora.callbacks.wraps import Undo, substitute, wrap
-from lightning_lora.errors import listing
+from lightning_lora.errors import OptimizerError, listing
 from lightning_lora.io.adapter_folder import save_adapter
 from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.export import export_merged
@@ -51,12 +48,13 @@ from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.targets import ALL_LINEAR
 from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.optim.lora_plus import check_rate
 from lightning_lora.optim.paged_adamw import page_again
 from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import check_references, rewrite_optimizers
 from lightning_lora.quantization.config import NF4Config
 
-_OF_A_RUN = ("_undo", "_remerge", "_checked", "_accumulating", "_resumed")
+_OF_A_RUN = ("_undo", "_remerge", "_checked", "_accumulating", "_resumption")
 
 
 class LoRACallback(Callback):
@@ -65,8 +63,9 @@ class LoRACallback(Callback):
     When the model stands (after ``__init__``, ``setup`` and ``configure_model``), adapters are put into its linear
     layers, everything else is frozen, and the frozen layers under the adapters are quantized. ``torch.optim.Adam`` and
     ``AdamW`` become bitsandbytes' paged 8-bit AdamW over the adapters alone, with their schedulers kept. Checkpoints
-    hold the adapters alone and resume bit for bit at an epoch boundary. After training the adapters are merged: the
-    module then holds plain layers with its original keys, whose parameters stay frozen until ``requires_grad_(True)``.
+    hold the adapters alone and resume bit for bit, in the middle of an epoch too with a stateful loader. After training
+    the adapters are merged: the module then holds plain layers with its original keys, whose parameters stay frozen
+    until ``requires_grad_(True)``.
 
     Args:
         targets: Layers to adapt: ``"all-linear"`` (all but the output head), a name or glob or several, or a mapping
@@ -76,13 +75,18 @@ class LoRACallback(Callback):
         alpha: Scaling numerator: the update is multiplied by ``alpha / r``, or ``alpha / sqrt(r)`` with
             ``scaling="rslora"``.
         dropout: Dropout probability on the adapters' input.
-        method: ``"lora"``.
-        init: ``"kaiming"`` or ``"gaussian"``.
+        method: ``"lora"``, ``"dora"``, ``"lora_fa"`` (``A`` stays as it was drawn) or ``"vera"`` (linear layers alone;
+            it has no ``alpha``, ``init`` or ``scaling``, and wants a high ``r`` such as 256).
+        init: How adapters start: ``"kaiming"``, ``"gaussian"`` or ``"orthogonal"``; in the principal part of the weight
+            with ``"pissa"``, or faster ``"pissa_niter_4"``; ``"olora"``; fitted to the quantized base with ``"loftq"``.
+            With ``"eva"``, inject, ``initialize_eva(...)`` and quantize before ``fit``.
         scaling: ``"standard"`` or ``"rslora"``.
         exclude: Names or globs of layers to leave as they are.
         train: Names or globs of modules to train whole and save along, such as a new head.
         quantization: ``"nf4"``, an ``NF4Config``, or None for a base in its own precision (plain LoRA).
         optimizer: ``"paged_adamw_8bit"``, or None to keep the class ``configure_optimizers`` returns.
+        lr_ratio: The learning rate of every factor ``B`` is this multiple of what its optimizer group has (LoRA+, which
+            recommends 16); schedulers go on with both.
         merge: Whether to merge at the end of training.
         output_dir: Folder for the adapter (in PEFT's format) at the end of training; with ``merge``, its subfolder
             ``merged`` gets the merged model.
@@ -91,7 +95,7 @@ class LoRACallback(Callback):
             on training; the last good checkpoint stays in either case.
 
     Raises:
-        ValueError: If a value is none of the choices.
+        ValueError: If a value is none of the choices, or the method has no field for it.
     """
 
     def __init__(
@@ -108,17 +112,18 @@ class LoRACallback(Callback):
         train: str | Iterable[str] = (),
         quantization: str | NF4Config | None = "nf4",
         optimizer: str | None = "paged_adamw_8bit",
+        lr_ratio: float = 1.0,
         merge: bool = True,
         output_dir: str | Path | None = None,
         adapter: str | Path | None = None,
         on_save_error: str = "raise",
     ) -> None:
         super().__init__()
-        check_choice("method", method, METHODS)
         check_choice("on_save_error", on_save_error, ON_SAVE_ERROR)
         if optimizer is not None:
             check_choice("optimizer", optimizer, OPTIMIZERS)
-        config = METHODS[method](r=r, alpha=alpha, dropout=dropout, init=init, scaling=scaling)
+        check_rate("lr_ratio", lr_ratio)
+        config = as_config(method, r=r, alpha=alpha, dropout=dropout, init=init, scaling=scaling)
         self.settings = Settings(
             targets=with_configs(targets, config),
             config=config,
@@ -128,6 +133,7 @@ class LoRACallback(Callback):
             adapter=adapter,
         )
         self.paged_8bit = optimizer is not None
+        self.lr_ratio = lr_ratio
         self.merge = merge
         self.output_dir = output_dir
         self.on_save_error = on_save_error
@@ -147,7 +153,7 @@ class LoRACallback(Callback):
         self._remerge = False
         self._checked: set[int] = set()
         self._accumulating = False
-        self._resumed: list[Any] = []
+        self._resumption: Resumption | None = None
 
     # The run, in the order Lightning calls it
 
@@ -157,12 +163,15 @@ class LoRACallback(Callback):
         check_trainer(trainer, self)
         check_averagers(trainer, self, quantized=self.settings.quantization is not None)
         self._begin()
-        # No hook lies between configure_model and the restoring of a checkpoint, and none between configure_optimizers
-        # and its use (Lightning issues 19658 and 21272), so these methods are wrapped on the instances: the module's
-        # until it has been called, the strategy's until teardown.
+        # No hook lies between configure_model and the restoring of a checkpoint, none between configure_optimizers and
+        # its use (Lightning issues 19658 and 21272), and none between the loaders and their first iteration, so these
+        # methods are wrapped on the instances: the module's until it has been called, the strategy's until teardown.
         strategy = trainer.strategy
         self._undo.append(
             wrap(strategy, "setup_optimizers", after=lambda *_: self._rewrite_optimizers(trainer, pl_module))
+        )
+        self._undo.append(
+            wrap(strategy, "process_dataloader", after=lambda loader: self._restore_loader(trainer, loader))
         )
         if isinstance(strategy, ModelParallelStrategy):
             self._arrange_sharded(strategy, pl_module)
@@ -175,7 +184,7 @@ class LoRACallback(Callback):
             wrap(pl_module, "configure_model", after=lambda: self._after_configure_model(trainer, pl_module))
         )
         if stage == "fit" and averagers(trainer):  # they copy the module in their setup, which comes next
-            pl_module.configure_model()
+            adapt_early(pl_module)
             check_norms(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,12 +193,11 @@ class LoRACallback(Callback):
             layer.adapters.train()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep running statistics of frozen normalization layers as they are: the base has to stay the base."""
-        if self._resumed and trainer.fit_loop.restarted_mid_epoch:
-            # Making the iterator over the data has drawn from the random state since it was restored.
-            restore_random_state(self._resumed)
-            restore_gradients(self._resumed, pl_module)
-        self._resumed = []
+        """Give a resumed run the rest of its state, and keep running statistics of frozen norms: the base stays."""
+        if self._resumption is not None:
+            tell_what_is_not_restored(self._resumption, trainer)
+            self._resumption.restore_run(pl_module)
+            self._resumption = None
         whole = tuple(f"{path}." for path in trained_modules(pl_module))
         frozen = [
             name
@@ -225,8 +233,10 @@ class LoRACallback(Callback):
             self._finish(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so when a run had nothing left to train: Lightning ends it without ``on_train_end``."""
-        if self.merge and not FINETUNES[pl_module].is_merged and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Finish a run that had nothing left to train, which Lightning ends without ``on_train_end``, or say so."""
+        if self._resumption is not None and not averagers(trainer):  # killed between its last batch and its end
+            self._finish(trainer, pl_module)
+        elif self.merge and not FINETUNES[pl_module].is_merged and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("LoRA: no step was trained in this run, so the adapters are neither written nor merged")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -250,14 +260,18 @@ class LoRACallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what each process needs to go on bit for bit; not called for weights alone, which nothing resumes."""
         states = process_states(trainer, pl_module, accumulating=self._accumulating)
-        checkpoint[KEY] = {"processes": states}
+        checkpoint[KEY] = {"processes": states, "validation_due": validation_follows(trainer)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the random state, early enough for the first shuffle."""
         if trainer.state.fn == "fit":
-            self._resumed = checkpoint[KEY].get("processes", [])
-            tell_what_is_not_restored(self._resumed)
-            restore_random_state(self._resumed)
+            entry = checkpoint[KEY]
+            self._resumption = Resumption.of(
+                checkpoint["loops"]["fit_loop"],
+                entry.get("processes", []),
+                validation_due=entry.get("validation_due", False),
+            )
+            restore_random_state(self._resumption.processes)
 
     # What the wraps call
 
@@ -284,6 +298,10 @@ class LoRACallback(Callback):
             substitute(strategy, "load_checkpoint", partial(load_sharded, strategy, module, strategy.load_checkpoint)),
         ]
 
+    def _restore_loader(self, trainer: Trainer, loader: object) -> None:
+        if self._resumption is not None and trainer.training:
+            self._resumption.restore_loader(loader)
+
     def _after_configure_model(self, trainer: Trainer, module: LightningModule) -> None:
         self._undo.pop()()
         training = trainer.state.fn == "fit"
@@ -299,12 +317,19 @@ class LoRACallback(Callback):
         strategy = trainer.strategy
         if not strategy.optimizers:
             return
+        if any(isinstance(optimizer, _MockOptimizer) for optimizer in strategy.optimizers):
+            raise OptimizerError("configure_optimizers returns None, so nothing would be trained. Return an optimizer")
         built = list(strategy.optimizers)
         schedulers = [config.scheduler for config in strategy.lr_scheduler_configs]
         finetune = FINETUNES[module]
         finetune.thaw(module)  # configure_optimizers may have unfrozen the base, as a full fine-tune's does
         strategy.optimizers = rewrite_optimizers(
-            module, built, schedulers, paged_8bit=self.paged_8bit, owners=finetune.owners
+            module,
+            built,
+            schedulers,
+            paged_8bit=self.paged_8bit,
+            lr_ratio=self.lr_ratio,
+            owners=finetune.owners,
         )
         if not module.automatic_optimization:
             check_references(module, built, strategy.optimizers)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import QuantizationError, UnsupportedError, listing
 from lightning_lora.model.checksum import bit_sum
+from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.base import QuantizedLinear
 
 if TYPE_CHECKING:
@@ -63,13 +64,14 @@ def spare_quantized_buffers(module: LightningModule) -> Callable[[], None]:
     """Tell DistributedDataParallel to pass over the packed weights, and return what takes that back.
 
     It sends all buffers of the first process to the others before every forward (``broadcast_buffers``), which would be
-    the whole base each time. They are known to be equal and never change.
+    the whole base each time. They are known to be equal and never change, and so are the starts they were packed
+    without.
     """
     packed = [
         f"{path}.{name}"
         for path, layer in module.named_modules()
-        if isinstance(layer, QuantizedLinear)
-        for name, _ in layer.named_buffers(recurse=False)
+        if isinstance(layer, QuantizedLinear) or (isinstance(layer, AdaptedLayer) and layer.base_lacks is not None)
+        for name, _ in layer.named_buffers()
     ]
     before = vars(module).get(_IGNORED)
     # What DistributedDataParallel._set_params_and_buffers_to_ignore_for_model sets, less its marks on the tensors.

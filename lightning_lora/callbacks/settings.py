@@ -9,10 +9,19 @@ from typing import Any
 
 from lightning_lora.errors import listing
 from lightning_lora.model.targets import ALL_LINEAR
+from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.lora_fa import LoRAFAConfig
+from lightning_lora.nn.low_rank import LowRankConfig
+from lightning_lora.nn.vera import VeRAConfig
 from lightning_lora.quantization.config import NF4Config
 
-METHODS: dict[str, type[LoRAConfig]] = {"lora": LoRAConfig}
+Config = LowRankConfig | VeRAConfig
+METHODS: dict[str, type[Config]] = {
+    config.method: config for config in (LoRAConfig, DoRAConfig, LoRAFAConfig, VeRAConfig)
+}
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(LoRAConfig)}
+"""The callback's arguments that a method may have, and what they are unless given."""
 QUANTIZATIONS: dict[str, NF4Config] = {"nf4": NF4Config()}
 OPTIMIZERS = ("paged_adamw_8bit",)
 
@@ -30,21 +39,28 @@ class Settings:
         adapter: Folder of a saved adapter that brings its own targets and configs.
 
     Raises:
-        ValueError: If ``adapter`` stands beside a value it would overrule.
+        ValueError: If ``adapter`` stands beside a value it would overrule, or ``init="loftq"`` beside no quantization.
     """
 
     targets: Any
-    config: LoRAConfig
+    config: Config
     exclude: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
     quantization: NF4Config | None = None
     adapter: str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
+        configs = [self.config, *(self.targets.values() if isinstance(self.targets, Mapping) else ())]
+        if self.quantization is None and any(config.starts_from == "quantization" for config in configs):
+            raise ValueError(
+                "init='loftq' fits the adapters to a base that is being quantized, and quantization is None. Use "
+                "quantization='nf4', or init='pissa'"
+            )
         if self.adapter is None:
             return
-        default = LoRAConfig()
-        changed = [f.name for f in fields(LoRAConfig) if getattr(self.config, f.name) != getattr(default, f.name)]
+        default = as_config(self.config.method, **DEFAULTS)
+        changed = [f.name for f in fields(self.config) if getattr(self.config, f.name) != getattr(default, f.name)]
+        changed += ["method"] if self.config.method != "lora" else []
         changed += [name for name in ("exclude", "train") if getattr(self, name)]
         changed += ["targets"] if self.targets != ALL_LINEAR else []
         if changed:
@@ -70,7 +86,21 @@ def as_quantization(value: str | NF4Config | None) -> NF4Config | None:
     return QUANTIZATIONS[value]
 
 
-def with_configs(targets: Any, config: LoRAConfig) -> Any:
+def as_config(method: str, **values: Any) -> Config:
+    """Return the config of a method, from the callback's arguments.
+
+    Raises:
+        ValueError: If there is no such method, or it has no field for an argument that was given.
+    """
+    check_choice("method", method, METHODS)
+    has = [field.name for field in fields(METHODS[method])]
+    foreign = [f"{name}={value!r}" for name, value in values.items() if name not in has and value != DEFAULTS[name]]
+    if foreign:
+        raise ValueError(f"method={method!r} does not have {listing(foreign)}; it has {', '.join(has)}")
+    return METHODS[method](**{name: value for name, value in values.items() if name in has})
+
+
+def with_configs(targets: Any, config: Config) -> Any:
     """Turn the dicts of a target mapping (as YAML gives them) into configs; other fields are the callback's."""
     if not isinstance(targets, Mapping):
         return targets if isinstance(targets, str) else tuple(targets)

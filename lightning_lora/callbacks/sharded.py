@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_lora.callbacks.checkpoints import check_belongs, check_keys, check_optimizers
 from lightning_lora.callbacks.finetune import FINETUNES
 from lightning_lora.callbacks.processes import is_sharded
-from lightning_lora.errors import CheckpointError
+from lightning_lora.errors import CheckpointError, listing
 from lightning_lora.io.checkpoint_file import require_whole
 
 
@@ -48,6 +48,12 @@ def load_sharded(
     finetune = FINETUNES[module]
     check_belongs(checkpoint, finetune)
     check_keys(checkpoint["state_dict"], finetune)
+    compiled = [name for name in finetune.keys if name not in checkpoint["state_dict"]]
+    if compiled:
+        raise CheckpointError(
+            f"{listing(compiled)} is in a submodule compiled by itself, where Lightning does not find it when it loads "
+            "into a sharded model. Compile the whole module, torch.compile(module), instead"
+        )
     if strategy.optimizers and "optimizer_states" in checkpoint:
         check_optimizers(checkpoint, strategy.optimizers)
     strict = module.strict_loading

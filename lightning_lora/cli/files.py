@@ -30,12 +30,12 @@ def inspect(options: argparse.Namespace) -> int:
         found.pop("what"), ("", ""), [(key, _brief(value)) for key, value in found.items() if value is not None]
     )
     if layers:
-        rows = [
-            (each["name"], str(each["r"]), *(f"{each[f'norm_{what}']:.4g}" for what in ("A", "B", "update")))
-            for each in layers[:_SHOWN]
-        ]
+        norms = list(dict.fromkeys(key for each in layers for key in each if key not in ("name", "norm_update")))
+        norms += ["norm_update"] * any(each["norm_update"] is not None for each in layers)
+        rows = [(each["name"], *(_number(each.get(norm)) for norm in norms)) for each in layers[:_SHOWN]]
+        heads = ["|s B A|" if norm == "norm_update" else f"|{norm.removeprefix('norm_')}|" for norm in norms]
         more = f", {len(layers) - _SHOWN} more with --json" if len(layers) > _SHOWN else ""
-        console.table(f"{len(layers)} layers{more}", ("layer", "r", "|A|", "|B|", "|s B A|"), rows)
+        console.table(f"{len(layers)} layers{more}", ("layer", *heads), rows)
     console.table("who can read it", ("program", ""), list(readers.items()))
     return 0
 
@@ -105,6 +105,10 @@ def local(text: str) -> Path:
     if "://" in text:
         raise UnsupportedError(f"{text} is a URL. Download it first, and pass the file")
     return Path(text)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _brief(value: Any) -> str:

@@ -48,8 +48,11 @@ def told(report: MergeReport) -> list[str]:
         worst = max(report.drift, key=report.drift.__getitem__)
         mean = sum(report.drift.values()) / len(report.drift)
         lines[0] += f" into the original weights, while training was on {', '.join(stored)}"
+        differ, remedy = "differ", "Without --onto original the merged model is the trained function"
+        if report.started:
+            differ, remedy = "may differ", "export_merged(model, ...) writes the trained function"
         lines.append(
-            f"drift: the weights differ from those trained on by {mean:.2%} on average and {report.drift[worst]:.2%} "
-            f"at most ({worst}). Without --onto original the merged model is the trained function"
+            f"drift: the weights {differ} from those trained on by {mean:.2%} on average and {report.drift[worst]:.2%} "
+            f"at most ({worst}). {remedy}"
         )
     return lines

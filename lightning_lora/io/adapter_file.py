@@ -33,8 +33,8 @@ MAX_HEADER_BYTES = 32 * 2**20
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PICKLE = (
-    "holds a pickle, which can run code when it is read; refused. Convert it, by a reader that runs none: "
-    "lightning-lora convert PATH --out FOLDER"
+    "holds a pickle, which can run code when it is read; refused. Convert it to safetensors, by a reader that runs no "
+    "code: lightning-lora convert {} --out FOLDER"
 )
 
 
@@ -101,12 +101,12 @@ def read(folder: Path) -> AdapterFile:
     """
     if folder.is_file():
         pickled = folder.suffix in _PICKLES
-        raise AdapterError(_PICKLE if pickled else f"is a file; pass the folder that holds {CONFIG} and {WEIGHTS}")
+        raise AdapterError(_PICKLE.format(folder) if pickled else f"is a file; pass the folder that holds {CONFIG} and {WEIGHTS}")
     if not folder.is_dir():
         raise AdapterError("no such folder")
     absent = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
     if WEIGHTS in absent and any(p.suffix in _PICKLES for p in folder.iterdir()):
-        raise AdapterError(_PICKLE)
+        raise AdapterError(_PICKLE.format(folder))
     if absent:
         raise AdapterError(f"{listing(absent)} is missing; a complete adapter has both {CONFIG} and {WEIGHTS}")
     try:

@@ -12,14 +12,20 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import adapter_file, peft
 from lightning_lora.io.adapter_file import AdapterFile
-from lightning_lora.io.description import describe
+from lightning_lora.io.attention import PEFT_VERSION, is_packed, pack_configs, pack_tensors, unpacked
+from lightning_lora.io.description import describe, describe_configs
 from lightning_lora.io.fingerprint import base_fingerprint, to_json
 from lightning_lora.io.fitting import check_base, plan_for, require_same
 from lightning_lora.io.keys import PREFIX, adapter_key, canonical, leaves, shape_on_disk, trained_key
 from lightning_lora.model.inject import apply, check_name
 from lightning_lora.model.layers import adapted_layers, require_adapters
 from lightning_lora.model.merge import is_finite
-from lightning_lora.model.parameters import adapter_tensors, trained_modules, trained_outside_adapters
+from lightning_lora.model.parameters import (
+    adapter_tensors,
+    plain_adapters,
+    trained_modules,
+    trained_outside_adapters,
+)
 from lightning_lora.nn.adapter import Adapter
 from lightning_lora.nn.conv import ConvKind
 from lightning_lora.nn.kind import Kind
@@ -31,19 +37,23 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
 
     Layers are named as in ``model``: pass the module you will load the adapter into. Each file is complete or absent,
     and a reader of ours notices if the two are from different saves, if a byte of a tensor has changed, and if the
-    adapter is loaded over other base weights.
+    adapter is loaded over other base weights. An adapter that started in the base weight (PiSSA, OLoRA, LoftQ) is
+    written as the plain LoRA of twice its rank that makes the same change to the original base.
 
     Raises:
         AdapterError: If there is no such adapter, if it holds NaN, or if the format cannot hold it.
         OSError: If the folder cannot be written; an adapter that was there before is untouched.
     """
     layers = {path: layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
+    configs = {canonical(path): adapter.config for path, adapter in plain_adapters(model, name).items()}
     settings = peft.to_peft(
-        {canonical(path): layer.adapter(name).config for path, layer in layers.items()},
+        pack_configs(model, configs),
         names=_module_names(model),
         train=map(canonical, trained_modules(model, name)),
         transposed=any(isinstance(layer.kind, LinearKind) and layer.kind.transposed for layer in layers.values()),
     )
+    if any(is_packed(model, path) for path in layers):
+        settings["peft_version"] = PEFT_VERSION
     tensors = adapter_state_dict(model, name)
     broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
@@ -51,10 +61,14 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
             f"NaN or infinity in {listing(broken)}; not written. The training diverged: go back to an earlier "
             "checkpoint"
         )
-    metadata = describe(model, name) | {
-        "dropout": settings["lora_dropout"],
-        "base_fingerprint": to_json(base_fingerprint({canonical(path): layer for path, layer in layers.items()})),
-    }
+    metadata = (
+        describe(model, name)
+        | describe_configs(configs)
+        | {
+            "dropout": settings["lora_dropout"],
+            "base_fingerprint": to_json(base_fingerprint({canonical(path): layer for path, layer in layers.items()})),
+        }
+    )
     adapter_file.write(Path(path), tensors, settings, metadata)
 
 
@@ -66,8 +80,12 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
             trained module.
     """
     found: dict[str, Tensor] = {}
-    for path, tensors in adapter_tensors(model, name).items():
-        found |= _on_disk(path, adapted_layers(model)[path].kind, tensors)
+    layers = adapter_tensors(model, name)
+    for path, tensors in layers.items():
+        if not is_packed(model, path):
+            found |= _on_disk(path, adapted_layers(model)[path].kind, tensors)
+    for path, tensors in pack_tensors(model, layers).items():
+        found |= {adapter_key(path, leaf): tensor for leaf, tensor in tensors.items()}
     whole = trained_modules(model, name)
     held = {id(parameter) for module in whole for parameter in model.get_submodule(module).parameters()}
     stray = [path for path in trained_outside_adapters(model) if id(model.get_parameter(path)) not in held]
@@ -107,13 +125,14 @@ def load_adapter(
     check_name(name)
     folder = Path(path)
     try:
-        file = adapter_file.read(folder)
+        outline = adapter_file.read(folder)
+        file = unpacked(model, outline)
         plan = plan_for(model, file)
         present = any(name in layer.adapters for layer in adapted_layers(model).values())
         if present:
             require_same(model, plan, name)
         check_base(model, plan, file, folder, allow_mismatch=allow_base_mismatch)
-        file = adapter_file.load(folder, file)
+        file = unpacked(model, adapter_file.load(folder, outline))
         if not present:
             apply(model, plan, name=name)
     except AdapterError as error:
@@ -156,4 +175,5 @@ def _fill(model: nn.Module, file: AdapterFile, name: str) -> None:
 def _module_names(model: nn.Module) -> Iterable[str]:
     """Names of the model's modules as they are without adapters."""
     inside = tuple(f"{path}." for path in adapted_layers(model))
-    return [canonical(path) for path, _ in model.named_modules() if path and not (inside and path.startswith(inside))]
+    own = [path for path, _ in model.named_modules() if path and not (inside and path.startswith(inside))]
+    return [canonical(path) for path in own if not is_packed(model, path) or path.endswith(".out_proj")]

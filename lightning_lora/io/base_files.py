@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,27 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io.dtypes import DTYPES
 from lightning_lora.io.shards import INDEX, SINGLE
+from lightning_lora.nn.attention import PROJECTIONS
 
 MODEL_CONFIG = "config.json"
 _MAX_JSON = 100 * 2**20
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_PACKED = PROJECTIONS[:3]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the files a layer's tensors are: of their own, or a third of what ``nn.MultiheadAttention`` packs.
+
+    Attributes:
+        weight: Name of the tensor.
+        bias: Name of the bias, which need not be there.
+        rows: Which rows of both.
+    """
+
+    weight: str
+    bias: str
+    rows: slice
 
 
 class BaseFiles:
@@ -60,14 +78,23 @@ class BaseFiles:
         path = self.folder / MODEL_CONFIG
         return _json(path) if path.is_file() else {}
 
-    def skeleton(self, layers: Mapping[str, Mapping[str, Tensor]], *, transposed: bool) -> nn.Module:
+    def place(self, path: str) -> Place:
+        """Return where the layer at ``path`` is."""
+        name = path.rpartition(".")[2]
+        packed = f"{path.removesuffix(name)}in_proj_weight"
+        if name not in _PACKED or f"{path}.weight" in self.outline or packed not in self.outline:
+            return Place(f"{path}.weight", f"{path}.bias", slice(None))
+        first, size = _PACKED.index(name), self.outline[packed].shape[0] // len(_PACKED)
+        return Place(packed, f"{packed.removesuffix('weight')}bias", slice(first * size, (first + 1) * size))
+
+    def skeleton(self, layers: Mapping[str, Mapping[str, Tensor]], *, transposed: Container[str]) -> nn.Module:
         """Return modules of these names and shapes, on the meta device: what an adapter is compared with.
 
         Every matrix stands in a linear layer, as most do; under an adapter's tensors their names say what it is.
 
         Args:
             layers: The adapter's tensors by layer.
-            transposed: Whether adapted linear layers store their weight transposed.
+            transposed: Which of them store their weight transposed.
         """
         root: nn.Module = BaseModel()
         for name in self.outline:
@@ -81,14 +108,29 @@ class BaseFiles:
         for name, tensor in self.outline.items():
             path, _, leaf = name.rpartition(".")
             if path and leaf == "weight" and tensor.ndim in (2, 3, 4, 5):
-                flip = transposed and path in layers
-                _put(root, path, layer_for(tensor, layers.get(path, {}), self.outline.get(f"{path}.bias"), flip))
+                bias = self.outline.get(f"{path}.bias")
+                _put(root, path, layer_for(tensor, layers.get(path, {}), bias, path in transposed))
+        for path in filter(self._is_attention, layers):
+            parent, _, child = path.rpartition(".")
+            root.get_submodule(parent).add_module(child, self._attention(path))
         return root
 
     def layer(self, path: str, tensors: Mapping[str, Tensor], *, transposed: bool) -> nn.Module:
         """Return a layer with its weight; the linear layer it stands for where it is stored transposed."""
-        bias = self.read(f"{path}.bias") if f"{path}.bias" in self.outline else None
-        return layer_for(self.read(f"{path}.weight"), tensors, bias, transposed)
+        place = self.place(path)
+        bias = self.read(place.bias)[place.rows] if place.bias in self.outline else None
+        return layer_for(self.read(place.weight)[place.rows], tensors, bias, transposed)
+
+    def _is_attention(self, path: str) -> bool:
+        packed, out = self.outline.get(f"{path}.in_proj_weight"), self.outline.get(f"{path}.out_proj.weight")
+        return packed is not None and out is not None and packed.shape == (3 * out.shape[0], out.shape[0])
+
+    def _attention(self, path: str) -> nn.Module:
+        has = {name: f"{path}.{name}" in self.outline for name in ("in_proj_bias", "bias_k")}
+        width = self.outline[f"{path}.out_proj.weight"].shape[0]
+        return nn.MultiheadAttention(
+            width, 1, bias=has["in_proj_bias"], add_bias_kv=has["bias_k"], device=torch.device("meta")
+        )
 
 
 class BaseModel(nn.Module):

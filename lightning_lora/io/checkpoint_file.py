@@ -51,9 +51,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a dozen kinds, and none names the file
-        reason = (str(error).splitlines() or [""])[0][:200]
         raise CheckpointError(
-            f"{path} holds other than plain data, and is not read ({type(error).__name__}: {reason})"
+            f"{path} holds other than plain data, which could run code, and is not read ({refused(error)})"
         ) from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):
         raise CheckpointError(
@@ -62,6 +61,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         )
     require_sealed(checkpoint, path)
     return checkpoint
+
+
+def refused(error: Exception) -> str:
+    """What torch's restricted reader did not want to read, in a line: the name, where it says one."""
+    lines = str(error).splitlines() or [""]
+    named = next((line for line in lines if "GLOBAL" in line), lines[0])
+    return f"{type(error).__name__}: {named:.200}"
 
 
 def seal(checkpoint: dict[str, Any]) -> None:

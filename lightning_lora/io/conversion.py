@@ -14,12 +14,15 @@ from lightning_lora.errors import AdapterError, CheckpointError, listing
 from lightning_lora.io import adapter_file, peft
 from lightning_lora.io.adapter_file import CONFIG
 from lightning_lora.io.atomic import replacing
-from lightning_lora.io.checkpoint_file import read_checkpoint, seal
-from lightning_lora.io.description import KEY, VERSION, Description, describe_loras
+from lightning_lora.io.attention import unpacked_alone
+from lightning_lora.io.checkpoint_file import read_checkpoint, refused, seal
+from lightning_lora.io.description import CHANCE, KEY, VERSION, Description, describe_configs
 from lightning_lora.io.fitting import configs_of
-from lightning_lora.io.inspection import factors, read_adapter, require_adapters_in
+from lightning_lora.io.inspection import adapter_in, factors, of_layer, read_adapter, require_adapters_in
 from lightning_lora.io.keys import PREFIX, adapter_key, trained_key
-from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.decompose import Pair
+from lightning_lora.nn.linear import LinearKind
+from lightning_lora.nn.lora import LoRA, LoRAConfig
 
 _LEAVES = {
     "linear": ("lora_A.weight", "lora_B.weight"),
@@ -52,18 +55,11 @@ def checkpoint_to_folder(path: Path, folder: Path, prefix: str | None = None) ->
     strangers = [name for name in names if not name.startswith(prefix)]
     if strangers:
         raise CheckpointError(f"{listing(strangers)} does not begin with {prefix!r}; pass another --prefix")
-    kinds = {name: _of(entry.get("kinds", "linear"), name) for name in entry["targets"]}
-    odd = [f"{name} ({kind})" for name, kind in kinds.items() if kind not in _LEAVES]
-    if odd or entry["method"] != "lora":
-        raise CheckpointError(
-            f"{listing(odd) or entry['method']} cannot be converted without the model. Use load_from_checkpoint(...) "
-            "and save_adapter(...)"
-        )
+    kinds = {name: of_layer(entry.get("kinds", "linear"), name) for name in entry["targets"]}
+    _require_convertible(entry, kinds)
     short = {name: name.removeprefix(prefix) for name in names}
-    configs = {
-        name: LoRAConfig(**{field: _of(entry[field], name) for field in ("r", "alpha", "scaling")})
-        for name in entry["targets"]
-    }
+    loras = {name: _plain(entry, name, adapter_in(state, name)) for name in entry["targets"]}
+    configs = {name: config for name, (config, _) in loras.items()}
     settings = peft.to_peft(
         {short[name]: config for name, config in configs.items()},
         names=[*short.values()],
@@ -73,9 +69,9 @@ def checkpoint_to_folder(path: Path, folder: Path, prefix: str | None = None) ->
     # The names of all other modules are not known here, so that a brief target could match too many.
     settings["target_modules"] = sorted(short[name] for name in entry["targets"])
     tensors = {
-        adapter_key(short[name], leaf): state[f"{name}.adapters.default.{letter}"]
+        adapter_key(short[name], leaf): factor
         for name, kind in kinds.items()
-        for letter, leaf in zip(("lora_A", "lora_B"), _LEAVES[kind], strict=True)
+        for leaf, factor in zip(_LEAVES[kind], loras[name][1], strict=True)
     }
     whole = tuple(f"{name}." for name in entry["train"])
     tensors |= {trained_key(key.removeprefix(prefix)): tensor for key, tensor in state.items() if key.startswith(whole)}
@@ -91,18 +87,18 @@ def folder_to_checkpoint(folder: Path, path: Path, prefix: str = "") -> None:
     Raises:
         AdapterError: If the folder is damaged.
     """
-    file = read_adapter(folder)
+    file = unpacked_alone(read_adapter(folder))
     metadata = file.metadata or {}
+    configs = {f"{prefix}{name}": config for name, config in configs_of(file).items()}
+    _require_on_original(folder, metadata)
     state: dict[str, Tensor] = {}
     for name, tensors in file.adapters.items():
         for letter, tensor in zip("AB", factors(tensors), strict=True):
             state[f"{prefix}{name}.adapters.default.lora_{letter}"] = tensor.clone()
     state |= {f"{prefix}{key.removeprefix(PREFIX)}": tensor for key, tensor in file.others.items()}
-    configs = {f"{prefix}{name}": config for name, config in configs_of(file).items()}
     entry: Description = {
         "version": VERSION,
-        "method": "lora",
-        **describe_loras(configs),
+        **describe_configs(configs),
         "train": sorted(prefix + name for name in file.settings.get("modules_to_save") or []),
         "quantization": _renamed(metadata.get("quantization", "none"), prefix),
         "optimizers": [],
@@ -135,9 +131,8 @@ def unpickle(path: Path, folder: Path) -> None:
     try:
         tensors = torch.load(pickle, map_location="cpu", weights_only=True)
     except Exception as error:  # a dozen kinds, and none names the file
-        first = (str(error).splitlines() or [""])[0]
         raise AdapterError(
-            f"{pickle} is damaged, or holds what is no tensor and is not read ({type(error).__name__}: {first:.200})"
+            f"{pickle} is damaged, or holds what is no tensor and is not read ({refused(error)})"
         ) from None
     if not isinstance(tensors, dict) or not all(
         isinstance(t, Tensor) and isinstance(k, str) for k, t in tensors.items()
@@ -150,12 +145,11 @@ def unpickle(path: Path, folder: Path) -> None:
 def _metadata(entry: Mapping[str, Any], short: Mapping[str, str], configs: Mapping[str, LoRAConfig]) -> dict[str, Any]:
     kept = {
         "version": VERSION,
-        "method": entry["method"],
-        **describe_loras({short[name]: config for name, config in configs.items()}),
+        **describe_configs({short[name]: config for name, config in configs.items()}),
         "dropout": 0.0,
         "train": [short[name] for name in entry["train"]],
     }
-    for field in ("kinds", "quantization", "base_fingerprint"):
+    for field in ("kinds", "start", "quantization", "base_fingerprint"):
         value = entry.get(field)
         kept[field] = {short[name]: each for name, each in value.items()} if isinstance(value, dict) else value
     return {field: value for field, value in kept.items() if value is not None}
@@ -170,8 +164,39 @@ def _renamed(value: Any, prefix: str) -> Any:
     return {f"{prefix}{name}": each for name, each in value.items()} if isinstance(value, dict) else value
 
 
-def _of(value: Any, layer: str) -> Any:
-    return value[layer] if isinstance(value, dict) else value
+def _require_convertible(entry: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
+    """Refuse what a folder holds in another form, which depends on the model."""
+    methods = {name: of_layer(entry["method"], name) for name in kinds}
+    odd = [f"{name} ({kind})" for name, kind in kinds.items() if kind not in _LEAVES]
+    odd += [f"{name} (method {method!r})" for name, method in methods.items() if method != LoRAConfig.method]
+    if odd:
+        raise CheckpointError(
+            f"{listing(odd)} cannot be converted without the model. Use load_from_checkpoint(...) and save_adapter(...)"
+        )
+
+
+def _require_on_original(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse an adapter that was trained over a base which can not be made again."""
+    start, stored = metadata.get("start", CHANCE), metadata.get("quantization", "none")
+    if start != CHANCE and stored != "none":
+        raise AdapterError(
+            f"{folder}: it started in the base weight ({start}), and that was quantized without the start, which a "
+            "folder does not hold. Keep the checkpoint it was trained into"
+        )
+
+
+def _plain(entry: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]) -> tuple[LoRAConfig, Pair]:
+    """One layer's adapter as a folder has it: a plain LoRA over the original base, also where it started in that."""
+    start = of_layer(entry.get("start", CHANCE), name)
+    given = {field: of_layer(entry[field], name) for field in ("r", "alpha", "scaling")}
+    lora_A, lora_B = tensors["lora_A"], tensors["lora_B"]
+    if "lora_A0" not in tensors:
+        return LoRAConfig(**given), (lora_A, lora_B)
+    config = LoRAConfig(**given, init=start)
+    adapter = LoRA(config, LinearKind(lora_A.shape[1], lora_B.shape[0]), device=lora_A.device, dtype=lora_A.dtype)
+    adapter.load_state_dict({key: tensors[key] for key in ("lora_A", "lora_B", "lora_A0", "lora_B0")})
+    plain = adapter.plain()
+    return plain.config, (plain.lora_A.detach(), plain.lora_B.detach())
 
 
 def _refuse_bomb(path: Path) -> None:

@@ -10,15 +10,23 @@ from torch import nn
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.layers import require_adapters
 from lightning_lora.model.parameters import trained_modules
+from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.nn.attention import SplitAttention
 from lightning_lora.nn.base import QuantizedLinear
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.linear import LinearKind
-from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.low_rank import LowRankConfig
 
 VERSION = 1
 
 KEY = "lightning_lora"
 """The entry of a checkpoint, and of a file's header, that holds a description."""
+
+ATTENTION = "projection of an attention"
+"""The kind of a linear layer that ``nn.MultiheadAttention`` packs with others."""
+
+CHANCE = "chance"
+"""The start of adapters that were drawn, from whatever distribution."""
 
 Description = dict[str, Any]
 
@@ -27,31 +35,45 @@ def describe(model: nn.Module, name: str = "default") -> Description:
     """Describe adapter ``name`` of ``model``.
 
     Returns:
-        ``version``, ``method``, ``r``, ``alpha``, ``scaling`` (each one value, or a mapping from layer to value where
-        layers differ), ``targets`` (adapted layers), ``kinds`` of layers, ``train`` (modules trained whole) and
-        ``quantization`` (how the base is stored).
+        ``version``, ``method``, the method's decisive fields such as ``r``, ``alpha`` and ``scaling``, ``start``,
+        ``kinds`` of layers (each one value, or a mapping from layer to value where layers differ), ``targets`` (adapted
+        layers), ``train`` (modules trained whole) and ``quantization`` (how the base is stored).
     """
-    layers = {canonical(path): layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
+    found = {path: layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
+    layers = {canonical(path): layer for path, layer in found.items()}
     configs = {path: layer.adapter(name).config for path, layer in layers.items()}
     stored = {path: _storage(layer.base_layer) for path, layer in layers.items()}
     return {
         "version": VERSION,
-        "method": _collapse({path: config.method for path, config in configs.items()}),
-        **describe_loras({path: config for path, config in configs.items() if isinstance(config, LoRAConfig)}),
-        "kinds": _collapse({path: _kind(layer.kind) for path, layer in layers.items()}),
+        **describe_configs(configs),
+        **describe_starts(configs),
+        "kinds": _collapse({canonical(path): _kind(model, path, layer.kind) for path, layer in found.items()}),
         "train": sorted(map(canonical, trained_modules(model, name))),
         "quantization": _collapse(stored),
     }
 
 
-def describe_loras(configs: Mapping[str, LoRAConfig]) -> Description:
-    """The part of a description that decides what LoRA tensors mean: ``r``, ``alpha``, ``scaling`` and ``targets``."""
+def describe_configs(configs: Mapping[str, AdapterConfig]) -> Description:
+    """The part of a description that decides what tensors mean: ``method``, its decisive fields, and ``targets``."""
+    names = dict.fromkeys(name for config in configs.values() for name in config.decisive)
+    fields = {
+        name: {path: getattr(config, name) for path, config in configs.items() if name in config.decisive}
+        for name in names
+    }
     return {
-        "r": _collapse({path: config.r for path, config in configs.items()}),
-        "alpha": _collapse({path: float(config.alpha) for path, config in configs.items()}),
-        "scaling": _collapse({path: config.scaling for path, config in configs.items()}),
+        "method": _collapse({path: config.method for path, config in configs.items()}),
+        **{name: _collapse(values) for name, values in fields.items()},
         "targets": sorted(configs),
     }
+
+
+def describe_starts(configs: Mapping[str, AdapterConfig]) -> Description:
+    """``start``: the init of adapters whose start is computed from something, else ``"chance"``."""
+    starts = {
+        path: config.init if isinstance(config, LowRankConfig) and config.starts_from != CHANCE else CHANCE
+        for path, config in configs.items()
+    }
+    return {"start": _collapse(starts)} if starts else {}
 
 
 def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -76,7 +98,9 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _kind(kind: Kind) -> str:
+def _kind(model: nn.Module, path: str, kind: Kind) -> str:
+    if isinstance(model.get_submodule(path.rpartition(".")[0]), SplitAttention):
+        return ATTENTION
     return f"transposed {kind.name}" if isinstance(kind, LinearKind) and kind.transposed else kind.name
 
 

@@ -19,10 +19,12 @@ from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.dtypes import NAMES
 from lightning_lora.io.keys import canonical
 from lightning_lora.io.shards import Part, write_shards
+from lightning_lora.model.attention import Host, hosts
 from lightning_lora.model.layers import adapter_names, require_adapters
 from lightning_lora.model.merge import merged
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.attention import SplitAttention
 from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight, weight_dtype, with_weight
 
 MODEL_CONFIG = "config.json"
@@ -92,19 +94,20 @@ def merged_metadata(**more: Any) -> dict[str, str]:
 
 
 def _parts(model: nn.Module, dtype: torch.dtype | None) -> Iterator[Part]:
-    hosts = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_host(module)}
-    _refuse_quantized(model, hosts)
+    found: set[nn.Module] = set(hosts(model).values())
+    places = {name: module for name, module in model.named_modules(remove_duplicate=False) if module in found}
+    _refuse_quantized(model, found)
     whole = tuple(f"{path}." for name in adapter_names(model) for path in trained_modules(model, name))
     written: set[str] = set()
     for key, value in model.state_dict().items():
-        host = next((prefix for prefix in _prefixes(key) if prefix in hosts), None)
-        if host is None:
+        place = next((prefix for prefix in _prefixes(key) if prefix in places), None)
+        if place is None:
             yield _copy(canonical(key), value, dtype, trained=key.startswith(whole))
-        elif host not in written:
-            written.add(host)
-            layer = hosts[host]
-            assert isinstance(layer, AdaptedLayer)
-            yield Part(_outline(host, layer, dtype), partial(_merged, host, layer, dtype), computed=True)
+        elif place not in written:
+            written.add(place)
+            host = places[place]
+            assert isinstance(host, AdaptedLayer | SplitAttention)
+            yield Part(_named(place, _outline(host, dtype)), partial(_merged, place, host, dtype), computed=True)
 
 
 def _copy(name: str, value: Any, dtype: torch.dtype | None, *, trained: bool) -> Part:
@@ -115,25 +118,37 @@ def _copy(name: str, value: Any, dtype: torch.dtype | None, *, trained: bool) ->
     return Part({name: outline}, lambda: {name: value.detach().to(wanted)}, computed=trained)
 
 
-def _outline(path: str, layer: AdaptedLayer, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    base = layer.base_layer
-    quantized = isinstance(base, QuantizedLinear)
-    shape = (layer.out_features, layer.in_features) if quantized else tuple(stored_weight(base).shape)
-    weight = torch.empty(shape, dtype=dtype or weight_dtype(base), device="meta")
-    return _named(path, with_weight(base, weight))
+def _outline(host: Host, dtype: torch.dtype | None) -> nn.Module:
+    """The plain layer that ``host`` will be, on the meta device."""
+    if isinstance(host, SplitAttention):
+        plain = {name: _outline_of(_base(layer), dtype) for name, layer in host.named_children()}
+        return host.joined(plain, dtype=dtype)
+    return _outline_of(host.base_layer, dtype)
 
 
-def _merged(path: str, layer: AdaptedLayer, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _outline_of(base: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    if isinstance(base, QuantizedLinear):
+        shape: tuple[int, ...] = (base.out_features, base.in_features)
+    else:
+        shape = tuple(stored_weight(base).shape)
+    return with_weight(base, torch.empty(shape, dtype=dtype or weight_dtype(base), device="meta"))
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    return layer.base_layer if isinstance(layer, AdaptedLayer) else layer
+
+
+def _merged(path: str, host: Host, dtype: torch.dtype | None) -> dict[str, Tensor]:
     with torch.no_grad():
-        return _named(path, merged(layer, dtype=dtype))
+        return _named(path, merged(host, dtype=dtype))
 
 
 def _named(path: str, plain: nn.Module) -> dict[str, Tensor]:
     return {canonical(f"{path}.{key}"): tensor for key, tensor in plain.state_dict().items()}
 
 
-def _refuse_quantized(model: nn.Module, hosts: dict[str, nn.Module]) -> None:
-    under = {layer.base_layer for layer in hosts.values()}
+def _refuse_quantized(model: nn.Module, hosts: set[nn.Module]) -> None:
+    under = {_base(layer) for host in hosts for layer in (host, *host.children())}
     packed = [
         name
         for name, module in model.named_modules()
@@ -147,10 +162,6 @@ def _prefixes(key: str) -> Iterator[str]:
     for index, letter in enumerate(key):
         if letter == ".":
             yield key[:index]
-
-
-def _is_host(module: nn.Module) -> bool:
-    return isinstance(module, AdaptedLayer)
 
 
 def _write_config(folder: Path, config: WritesJson, architecture: str, dtype: torch.dtype | None) -> None:

@@ -10,10 +10,11 @@ from torch import nn
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import peft
 from lightning_lora.io.adapter_file import CONFIG, WEIGHTS, AdapterFile
-from lightning_lora.io.description import describe, describe_loras, differences
+from lightning_lora.io.description import describe, describe_configs, differences
 from lightning_lora.io.fingerprint import compare
 from lightning_lora.io.keys import PREFIX, canonical, leaves, shape_on_disk
 from lightning_lora.io.notes import tell
+from lightning_lora.model.attention import layer_at, named_layers
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.targets import Plan
@@ -30,7 +31,7 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
     Raises:
         AdapterError: If a tensor has no place, a layer no tensor, or a shape differs.
     """
-    live = {canonical(path): path for path, module in model.named_modules()}
+    live = {canonical(path): path for path, _ in named_layers(model)}
     incomplete = [path for path, tensors in file.adapters.items() if len(tensors) != 2]
     if incomplete:
         raise AdapterError(f"{listing(incomplete)} has only one of lora_A and lora_B")
@@ -38,13 +39,13 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
         raise AdapterError(f"{WEIGHTS} holds no adapter")
     absent = [path for path in file.adapters if path not in live]
     if absent:
-        here = [path for path in live if path and why_not_adaptable(model.get_submodule(live[path])) is None]
+        here = [path for path in live if path and why_not_adaptable(layer_at(model, live[path])) is None]
         raise AdapterError(
             f"{len(absent)} of {len(file.adapters)} adapted layers are not in {type(model).__name__}: "
             f"{listing(absent, 3)}. Its linear layers are {listing(here, 3)}. Pass the module the adapter was trained "
             "on, which may be one level up or down"
         )
-    linear = [path for path, real in live.items() if _is_adaptable(model.get_submodule(real))]
+    linear = [path for path, real in live.items() if _is_adaptable(layer_at(model, real))]
     whole = _trained_whole(live, file)
     inside = tuple(f"{module}." for module in whole)
     candidates = [path for path in linear if not f"{path}.".startswith(inside)]
@@ -57,7 +58,7 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
             raise AdapterError(f"{WEIGHTS} holds layers that {CONFIG} does not name: {listing(extra)}")
     configs = configs_of(file)
     _check_shapes(model, live, configs, file)
-    if file.settings.get("fan_in_fan_out") and not any(_is_transposed(model.get_submodule(live[p])) for p in configs):
+    if file.settings.get("fan_in_fan_out") and not any(_is_transposed(layer_at(model, live[p])) for p in configs):
         raise AdapterError(f"{CONFIG}: it uses fan_in_fan_out=True, and no layer of this model is transposed so")
     _check_trained(model, whole, file)
     train = tuple(live[module] for module in whole)
@@ -74,7 +75,7 @@ def configs_of(file: AdapterFile) -> dict[str, LoRAConfig]:
     configs = peft.from_peft(file.settings, file.adapters)
     if file.metadata is not None:
         dropout = float(file.settings.get("lora_dropout") or 0.0)
-        apart = differences(file.metadata, describe_loras(configs) | {"dropout": dropout})
+        apart = differences(file.metadata, describe_configs(configs) | {"dropout": dropout})
         if apart:
             raise AdapterError(
                 f"{CONFIG} and the header of {WEIGHTS} disagree, one was changed or they are of two saves: "
@@ -86,7 +87,7 @@ def configs_of(file: AdapterFile) -> dict[str, LoRAConfig]:
 def require_same(model: nn.Module, plan: Plan, name: str) -> None:
     """Raise ``AdapterError`` unless adapter ``name`` of the model is of the same kind as the planned one."""
     here = describe(model, name) | {"train": _keys_of(model, trained_modules(model, name))}
-    theirs = describe_loras({canonical(p): c for p, c in plan.layers.items() if isinstance(c, LoRAConfig)})
+    theirs = describe_configs({canonical(p): c for p, c in plan.layers.items() if isinstance(c, LoRAConfig)})
     apart = differences(theirs | {"train": _keys_of(model, plan.train)}, here)
     if apart:
         raise AdapterError(f"the model already has an adapter {name!r} of another kind: {'; '.join(apart)}")
@@ -104,7 +105,7 @@ def check_base(model: nn.Module, plan: Plan, file: AdapterFile, folder: Path, *,
             "what was saved"
         )
         return
-    layers = {canonical(path): model.get_submodule(path) for path in plan.layers}
+    layers = {canonical(path): layer_at(model, path) for path in plan.layers}
     try:
         found = compare(file.metadata.get("base_fingerprint"), layers)
     except ValueError as error:
@@ -132,7 +133,7 @@ def _check_shapes(
     model: nn.Module, live: Mapping[str, str], configs: Mapping[str, LoRAConfig], file: AdapterFile
 ) -> None:
     for path, config in configs.items():
-        layer = model.get_submodule(live[path])
+        layer = layer_at(model, live[path])
         if not isinstance(layer, AdaptedLayer) and not has_kind(layer):
             raise AdapterError(f"{path} is a {type(layer).__name__} in this model, which cannot be adapted")
         kind = layer.kind if isinstance(layer, AdaptedLayer) else kind_of(layer)

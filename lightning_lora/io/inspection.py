@@ -8,22 +8,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from lightning_lora.errors import AdapterError, CheckpointError, listing
 from lightning_lora.io import adapter_file
 from lightning_lora.io.adapter_file import CONFIG, AdapterFile
+from lightning_lora.io.attention import attentions_in, unpacked_alone
 from lightning_lora.io.base_files import BaseFiles
 from lightning_lora.io.checkpoint_file import read_checkpoint
-from lightning_lora.io.description import KEY, describe_loras
+from lightning_lora.io.description import KEY, describe_configs
 from lightning_lora.io.fitting import configs_of
 from lightning_lora.io.shards import INDEX, SINGLE
 from lightning_lora.model.merge import is_finite
 from lightning_lora.nn.fingerprint import Fingerprint, combined
-from lightning_lora.nn.lora import SCALINGS
+from lightning_lora.nn.low_rank import SCALINGS
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_FACTORS = ("lora_A", "lora_B")
+_NEEDED = {
+    "lora": _FACTORS,
+    "lora_fa": _FACTORS,
+    "dora": (*_FACTORS, "lora_magnitude_vector"),
+    "vera": ("vera_lambda_d", "vera_lambda_b"),
+}
+_ADDED = ("lora", "lora_fa")  # the weight changes by s B A, whatever the base is and the seed was
+_NOT_SHOWN = ("base_fingerprint", "sha256", "processes")
 
 
 def kind_of_path(path: Path) -> str:
@@ -64,23 +75,36 @@ def read_adapter(path: Path) -> AdapterFile:
     """
     try:
         file = adapter_file.read(path)
-        configs_of(file)
-        return adapter_file.load(path, file)
+        configs_of(unpacked_alone(file))
+        loaded = adapter_file.load(path, file)
+        unpacked_alone(loaded)
+        return loaded
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from None
 
 
 def require_adapters_in(checkpoint: dict[str, Any], path: Path) -> None:
     """Raise ``CheckpointError`` if a checkpoint lacks adapters that its description names."""
-    state = checkpoint["state_dict"]
-    absent = [
-        key
-        for layer in checkpoint[KEY].get("targets", ())
-        for key in (f"{layer}.adapters.default.lora_A", f"{layer}.adapters.default.lora_B")
-        if key not in state
-    ]
+    entry, state = checkpoint[KEY], checkpoint["state_dict"]
+    absent = []
+    for layer in entry.get("targets", ()):
+        needed = _NEEDED.get(str(of_layer(entry["method"], layer)), ())
+        found = adapter_in(state, layer)
+        absent += [f"{layer}.adapters.default.{name}" for name in needed if name not in found]
+        absent += [] if found else [f"{layer}.adapters.default"]
     if absent:
         raise CheckpointError(f"{path} lacks {listing(absent)}")
+
+
+def adapter_in(state: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
+    """The tensors of one layer's adapter in a checkpoint, by their names in it."""
+    prefix = f"{layer}.adapters.default."
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def of_layer(value: Any, layer: str) -> Any:
+    """What a field of a description says of one layer: it holds one value where all layers agree."""
+    return value[layer] if isinstance(value, dict) else value
 
 
 def require_sound(files: BaseFiles) -> None:
@@ -105,25 +129,26 @@ def base_name(entry: Mapping[str, Any]) -> str | None:
 
 def _adapter(path: Path) -> dict[str, Any]:
     file = read_adapter(path)
+    tensors = [*(t for leaves in file.adapters.values() for t in leaves.values()), *file.others.values()]
+    readers, file = _readers(file), unpacked_alone(file)
     configs = configs_of(file)
     metadata = file.metadata or {}
-    tensors = [*(t for leaves in file.adapters.values() for t in leaves.values()), *file.others.values()]
     return {
         "what": "adapter folder",
         "written_by": "lightning_lora" if file.metadata else "another program",
         "version": metadata.get("version"),
-        "method": metadata.get("method", "lora"),
-        **describe_loras(configs),
+        **describe_configs(configs),
+        "start": metadata.get("start"),
         "train": sorted(file.settings.get("modules_to_save") or []),
         "quantization": metadata.get("quantization"),
         "base": base_name(metadata),
         "parameters": sum(tensor.numel() for tensor in tensors),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         "layers": [
-            _layer(name, *factors(file.adapters[name]), SCALINGS[config.scaling](config.alpha, config.r))
+            _layer(name, dict(zip(_FACTORS, factors(file.adapters[name]), strict=True)), config.method, config.scale)
             for name, config in sorted(configs.items())
         ],
-        "readers": _readers(file),
+        "readers": readers,
     }
 
 
@@ -137,18 +162,15 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
     require_adapters_in(checkpoint, path)
     entry, state = checkpoint[KEY], checkpoint["state_dict"]
-    layers = []
-    for name in entry["targets"]:
-        a, b = (state[f"{name}.adapters.default.lora_{letter}"] for letter in "AB")
-        alpha, r, scaling = (_of(entry[field], name) for field in ("alpha", "r", "scaling"))
-        layers.append(_layer(name, a, b, SCALINGS[scaling](alpha, r)))
+    layers = [
+        _layer(name, adapter_in(state, name), of_layer(entry["method"], name), _scale(entry, name))
+        for name in entry["targets"]
+    ]
     return {
         "what": "Lightning checkpoint",
         "epoch": checkpoint.get("epoch"),
         "step": checkpoint.get("global_step"),
-        **{field: entry.get(field) for field in ("version", "method", "r", "alpha", "scaling", "targets", "train")},
-        "quantization": entry.get("quantization"),
-        "optimizers": entry.get("optimizers"),
+        **{field: value for field, value in entry.items() if field not in _NOT_SHOWN},
         "base": base_name(entry),
         "parameters": sum(tensor.numel() for tensor in state.values()),
         "bytes": path.stat().st_size,
@@ -190,21 +212,38 @@ def _merged_metadata(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _layer(name: str, a: Tensor, b: Tensor, scale: float) -> dict[str, Any]:
-    """Norms of one layer. ``|B A|`` is that of two R x R matrices: ``|B A|^2 = tr(B^T B A A^T)``."""
-    a, b = a.double(), b.double()
-    update = scale * math.sqrt(max(0.0, float(((b.t() @ b) * (a @ a.t())).sum())))
-    return {"name": name, "r": len(a), "norm_A": float(a.norm()), "norm_B": float(b.norm()), "norm_update": update}
+def _layer(name: str, tensors: Mapping[str, Tensor], method: str, scale: float) -> dict[str, Any]:
+    """Norms of one layer's tensors, and of its update where that does not depend on more than they say."""
+    norms = {
+        f"norm_{key.removeprefix('lora_')}": float(t.double().norm())
+        for key, t in tensors.items()
+        if t.is_floating_point()
+    }
+    update = _norm_of_update(tensors, scale) if method in _ADDED else None
+    return {"name": name, **norms, "norm_update": update}
 
 
-def _of(value: Any, layer: str) -> Any:
-    return value[layer] if isinstance(value, dict) else value
+def _norm_of_update(tensors: Mapping[str, Tensor], scale: float) -> float:
+    """``|s B A|``, from two R x R matrices: ``|B A|^2 = tr(B^T B A A^T)``; with a start, of ``B A - B0 A0``."""
+    a, b = (tensors[name].double() for name in _FACTORS)
+    if "lora_A0" in tensors:
+        a0, b0 = tensors["lora_A0"].double(), tensors["lora_B0"].double()
+        a, b = torch.cat([a - a0, a0]), torch.cat([b, b - b0], dim=1)
+    return scale * math.sqrt(max(0.0, float(((b.t() @ b) * (a @ a.t())).sum())))
+
+
+def _scale(entry: Mapping[str, Any], layer: str) -> float:
+    """The factor before the update; 1 for a method that has none."""
+    if not all(field in entry for field in ("alpha", "r", "scaling")):
+        return 1.0
+    alpha, r, scaling = (of_layer(entry[field], layer) for field in ("alpha", "r", "scaling"))
+    return SCALINGS[scaling](alpha, r)
 
 
 def _readers(file: AdapterFile) -> dict[str, str]:
     """Which programs can load an adapter folder, and what keeps the others from it."""
-    ranks = {config.r for config in configs_of(file).values()}
-    obstacles = []
+    ranks = {config.r for config in configs_of(unpacked_alone(file)).values()}
+    obstacles = ["an adapted attention"] if attentions_in(file) else []
     if file.settings.get("modules_to_save"):
         obstacles.append("modules_to_save")
     if any("embedding" in leaf for leaves in file.adapters.values() for leaf in leaves):

@@ -18,7 +18,9 @@ from lightning_lora.io import adapter_file
 from lightning_lora.io.adapter_file import CONFIG, WEIGHTS, AdapterFile
 from lightning_lora.io.adapter_folder import fill
 from lightning_lora.io.atomic import replacing
+from lightning_lora.io.attention import unpacked
 from lightning_lora.io.base_files import MODEL_CONFIG, BaseFiles
+from lightning_lora.io.description import CHANCE
 from lightning_lora.io.export import merged_metadata, refuse_adapter_folder
 from lightning_lora.io.fingerprint import Comparison, compare
 from lightning_lora.io.fitting import plan_for
@@ -36,6 +38,7 @@ Quantizer = Callable[[nn.Module, str], nn.Module]
 
 _COPIED = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")
 _LARGEST_COPIED = 100 * 2**20
+_TRANSPOSED = "transposed linear"
 
 
 @dataclass
@@ -46,11 +49,13 @@ class MergeReport:
         layers: Names of the layers.
         trained_on: How the base was stored in training, of each layer.
         drift: Where a layer was merged into another weight than the one trained on: the relative difference of the two.
+        started: Those of them of which only a bound of it is known, for what they were trained on is not on disk.
     """
 
     layers: list[str]
     trained_on: dict[str, str]
     drift: dict[str, float] = field(default_factory=dict)
+    started: list[str] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -80,7 +85,8 @@ def merge_files(
 
     Raises:
         AdapterError: If the adapter is damaged, or does not belong to this base.
-        MergeError: If a merged weight is not finite, or the update would change a tied weight.
+        MergeError: If a merged weight is not finite, the update would change a tied weight, or the weight that was
+            trained on cannot be made again from the files.
         OSError: If there is no room; what was in ``out`` before is untouched.
     """
     if onto not in ("trained", "original"):
@@ -90,6 +96,7 @@ def merge_files(
     refuse_adapter_folder(out)
     files = BaseFiles(base)
     job = _Job(files, _checked(files, adapter), onto, dtype, quantizer)
+    job.refuse_lost_base()
     for unknown in job.check_base(adapter, allow_mismatch=allow_base_mismatch):
         tell(f"{adapter}: not checked: {unknown}")
     metadata = merged_metadata(onto=onto, trained_on=job.report.trained_on)
@@ -98,18 +105,32 @@ def merge_files(
     return job.report
 
 
-def _checked(files: BaseFiles, adapter: Path) -> tuple[AdapterFile, Mapping[str, AdapterConfig], bool]:
-    """Read the adapter and compare it with the base's names and shapes."""
+def _checked(files: BaseFiles, adapter: Path) -> tuple[AdapterFile, Mapping[str, AdapterConfig], set[str]]:
+    """Read the adapter and compare it with the base's names and shapes.
+
+    Returns:
+        The adapter, the config of each layer, and the layers whose weight is stored transposed.
+    """
     try:
         file = adapter_file.read(adapter)
-        transposed = bool(file.settings.get("fan_in_fan_out"))
-        plain = replace(file, settings={**file.settings, "fan_in_fan_out": False})
+        transposed = _transposed(files, file)
         skeleton = files.skeleton(file.adapters, transposed=transposed)
-        plan = plan_for(skeleton, plain)
+        plain = replace(file, settings={**file.settings, "fan_in_fan_out": False})
+        plan = plan_for(skeleton, unpacked(skeleton, plain))
         _refuse_tied(files, file)
-        return adapter_file.load(adapter, file), plan.layers, transposed
+        return unpacked(skeleton, adapter_file.load(adapter, file)), plan.layers, transposed
     except AdapterError as error:
         raise AdapterError(f"{adapter}: {error}") from None
+
+
+def _transposed(files: BaseFiles, file: AdapterFile) -> set[str]:
+    """The adapted layers whose weight is stored transposed: what the header says, or all that could be."""
+    if not file.settings.get("fan_in_fan_out"):
+        return set()
+    kinds = (file.metadata or {}).get("kinds", _TRANSPOSED)
+    said = {path for path in file.adapters if (kinds.get(path) if isinstance(kinds, dict) else kinds) == _TRANSPOSED}
+    embeddings = {path for path in said if any("embedding" in leaf for leaf in file.adapters[path])}
+    return {path for path in said - embeddings if getattr(files.outline.get(f"{path}.weight"), "ndim", 0) == 2}
 
 
 def _refuse_tied(files: BaseFiles, file: AdapterFile) -> None:
@@ -144,16 +165,27 @@ class _Job:
     def __init__(
         self,
         files: BaseFiles,
-        checked: tuple[AdapterFile, Mapping[str, AdapterConfig], bool],
+        checked: tuple[AdapterFile, Mapping[str, AdapterConfig], set[str]],
         onto: str,
         dtype: torch.dtype | None,
         quantizer: Quantizer,
     ) -> None:
         self.files, self.onto, self.dtype, self.quantizer = files, onto, dtype, quantizer
         self.file, self.configs, self.transposed = checked
-        stored = (self.file.metadata or {}).get("quantization", "none")
-        words = {path: stored.get(path, "none") if isinstance(stored, dict) else stored for path in self.configs}
-        self.report = MergeReport(list(self.configs), {path: str(word) for path, word in words.items()})
+        stored = {path: self._said("quantization", path, "none") for path in self.configs}
+        self.report = MergeReport(list(self.configs), stored)
+        self._started = {path for path in stored if self._said("start", path, CHANCE) != CHANCE}
+
+    def refuse_lost_base(self) -> None:
+        """Raise ``MergeError`` if the update is to be added to a weight that cannot be made again from the files."""
+        lost = [path for path in self._started if self.report.trained_on[path] != "none"]
+        if lost and self.onto == "trained":
+            raise MergeError(
+                f"{listing(sorted(lost))} started in the base weight ({self._said('start', lost[0], CHANCE)}), and the "
+                "base was quantized without that start, which an adapter folder does not hold. Merge where it was "
+                "trained: export_merged(model, ...), or merge=True of the callback; or into the original weights, "
+                "which are at most the quantization error away: --onto original"
+            )
 
     def check_base(self, folder: Path, *, allow_mismatch: bool) -> list[str]:
         """Compare the weights in the files with those the adapter was trained on, one at a time.
@@ -177,7 +209,9 @@ class _Job:
 
     def parts(self) -> Iterator[Part]:
         """Everything to be written, in the order of the files."""
-        weights = {f"{path}.weight": path for path in self.configs}
+        weights: dict[str, list[str]] = {}
+        for path in self.configs:
+            weights.setdefault(self.files.place(path).weight, []).append(path)
         trained = {key.removeprefix(PREFIX): tensor for key, tensor in self.file.others.items()}
         for name, outline in self.files.outline.items():
             wanted = self.dtype if self.dtype is not None and outline.is_floating_point() else outline.dtype
@@ -192,15 +226,24 @@ class _Job:
     def _copy(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
         return {name: self.files.read(name).to(dtype)}
 
+    def _merged(self, name: str, paths: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensor with the update of the layer it belongs to, or of those of which it holds a third each."""
+        if self.files.place(paths[0]).weight == f"{paths[0]}.weight":
+            return {name: self._weight(paths[0], dtype)}
+        whole = self.files.read(name).to(dtype, copy=True)
+        for path in paths:
+            whole[self.files.place(path).rows] = self._weight(path, dtype)
+        return {name: whole}
+
     @torch.no_grad()
-    def _merged(self, name: str, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _weight(self, path: str, dtype: torch.dtype) -> Tensor:
         host = AdaptedLayer(as_base(self._base(path)))
         config = self.configs[path]
         adapter = config.build(host.base_layer, device=torch.device("cpu"), dtype=torch.float32)
         fill(adapter, host.kind, self.file.adapters[path])
         host.adapters["default"], host.active = adapter, ("default",)
         weight = dict(merged(host, dtype=dtype).named_parameters())["weight"].detach()
-        return {name: weight.t().contiguous() if self._is_transposed(path) else weight}
+        return weight.t().contiguous() if path in self.transposed else weight
 
     def _base(self, path: str) -> nn.Module:
         """The layer that the update is added to."""
@@ -212,14 +255,16 @@ class _Job:
             return quantized
         original, trained = (dense_weight(each, torch.float32) for each in (layer, quantized))
         self.report.drift[path] = float((original - trained).norm() / trained.norm())
+        self.report.started += [path] * (path in self._started and path not in self.report.started)
         return layer
 
     def _layer(self, path: str) -> nn.Module:
-        return self.files.layer(path, self.file.adapters[path], transposed=self._is_transposed(path))
+        return self.files.layer(path, self.file.adapters[path], transposed=path in self.transposed)
 
-    def _is_transposed(self, path: str) -> bool:
-        linear = self.files.outline[f"{path}.weight"].ndim == 2
-        return self.transposed and linear and not any("embedding" in leaf for leaf in self.file.adapters[path])
+    def _said(self, what: str, path: str, otherwise: str) -> str:
+        """What the header says of a layer: descriptions hold one value where all layers agree."""
+        value = (self.file.metadata or {}).get(what, otherwise)
+        return str(value.get(path, otherwise) if isinstance(value, dict) else value)
 
 
 def _given(name: str, tensor: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

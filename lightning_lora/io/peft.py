@@ -75,9 +75,9 @@ def to_peft(
         "use_rslora": first.scaling == "rslora",
         "target_modules": _target_modules(sorted(loras), names),
         "modules_to_save": sorted(train) or None,
-        "rank_pattern": {_exactly(path): config.r for path, config in sorted(loras.items()) if config.r != rank},
+        "rank_pattern": {exactly(path): config.r for path, config in sorted(loras.items()) if config.r != rank},
         "alpha_pattern": {
-            _exactly(path): _plain(config.alpha)
+            exactly(path): _plain(config.alpha)
             for path, config in sorted(loras.items())
             if float(config.alpha) != alpha
         },
@@ -133,7 +133,17 @@ def expected_layers(settings: Mapping[str, Any], linear: Iterable[str]) -> set[s
     narrowed = any(settings.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern"))
     if narrowed or not isinstance(targets, list):
         return None
-    return {name for name in linear if _fits(name, targets)}
+    return {name for name in linear if fits(name, targets)}
+
+
+def fits(name: str, targets: Iterable[str]) -> bool:
+    """Whether PEFT's list of targets names a layer: by its name or the end of it."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def exactly(path: str) -> str:
+    """A ``rank_pattern`` key for one layer. PEFT lets any prefix stand before a key; the ``^`` forbids it."""
+    return f"^{re.escape(path)}"
 
 
 def dump(settings: Mapping[str, Any]) -> bytes:
@@ -171,18 +181,9 @@ def _target_modules(paths: list[str], names: Iterable[str]) -> list[str] | str:
     """The briefest way to name exactly these layers: last segments, whole names, or an anchored expression."""
     names = list(names)
     for targets in (sorted({path.rpartition(".")[2] for path in paths}), paths):
-        if sorted(name for name in names if _fits(name, targets)) == paths:
+        if sorted(name for name in names if fits(name, targets)) == paths:
             return targets
     return "|".join(re.escape(path) for path in paths)
-
-
-def _fits(name: str, targets: Iterable[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _exactly(path: str) -> str:
-    """A ``rank_pattern`` key for one layer. PEFT lets any prefix stand before a key; the ``^`` forbids it."""
-    return f"^{re.escape(path)}"
 
 
 def _patterns(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -201,6 +202,6 @@ def _patterns(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _lookup(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     for pattern, value in patterns.items():
-        if (path == pattern[1:]) if pattern.startswith("^") else _fits(path, [pattern]):
+        if (path == pattern[1:]) if pattern.startswith("^") else fits(path, [pattern]):
             return value
     return default

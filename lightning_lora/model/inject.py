@@ -11,12 +11,15 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.errors import AdapterError, LoRAError, TargetError, listing
 from lightning_lora.model.active import activate
+from lightning_lora.model.attention import attention_around, place_of
 from lightning_lora.model.layers import adapted_layers, adapter_names, replace
 from lightning_lora.model.parameters import mark_trained
+from lightning_lora.model.progress import progress
 from lightning_lora.model.targets import ALL_LINEAR, Plan, Targets, refuse_tied, resolve
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import Adapter, AdapterConfig
-from lightning_lora.nn.base import hand_over_hooks, weight_device, weight_dtype
+from lightning_lora.nn.attention import SplitAttention
+from lightning_lora.nn.base import QuantizedLinear, hand_over_hooks, weight_device, weight_dtype
 from lightning_lora.nn.kinds import as_base
 from lightning_lora.nn.lora import LoRAConfig
 
@@ -56,21 +59,37 @@ def inject(
     return apply(model, resolve(model, targets, config, exclude=exclude, train=train), name=name)
 
 
-def apply(model: nn.Module, plan: Plan, *, name: str = "default") -> nn.Module:
-    """Carry out a plan, in place, and return the model."""
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    name: str = "default",
+    device: torch.device | None = None,
+    start: bool = True,
+) -> nn.Module:
+    """Carry out a plan, in place, and return the model.
+
+    Args:
+        model: Any module.
+        plan: What to do.
+        name: The adapter's name.
+        device: Where weights are decomposed for adapters that start from them; None is where each weight is.
+        start: Whether adapters take their starts from the base now; not if their state is loaded next.
+    """
     if name in adapter_names(model):
         raise AdapterError(
             f"the model already holds an adapter {name!r} (on {listing(adapted_layers(model))}). Pass another name to "
             f"add a second one, or delete_adapter(model, {name!r}) first"
         )
-    if "" in plan.layers:
+    places = {place_of(model, path): path for path in plan.layers}
+    if "" in places:
         raise TargetError(
-            "the model is itself a linear layer and cannot replace itself; wrap it, e.g. in nn.Sequential"
+            "the model is itself the layer to adapt and cannot replace itself; wrap it, e.g. in nn.Sequential"
         )
     lazy = [path for path, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise TargetError(f"{listing(lazy)} is lazy and has no shape yet; run the model once on a batch first")
-    compiled = [path for path in plan.layers if path.rpartition(".")[2] == "_orig_mod"]
+    compiled = [path for path in places if path.rpartition(".")[2] == "_orig_mod"]
     if compiled:
         raise TargetError(
             f"{listing(compiled)} was compiled by itself and would go on computing the old layer. Compile the module "
@@ -78,12 +97,18 @@ def apply(model: nn.Module, plan: Plan, *, name: str = "default") -> nn.Module:
         )
     refuse_tied(model, plan.layers)
     hosts, adapters = {}, {}
-    for path, config in plan.layers.items():
-        layer = model.get_submodule(path)
+    attentions: dict[nn.MultiheadAttention, SplitAttention] = {}
+    for path, config in progress(plan.layers.items(), "starting adapters"):
+        layer = _layer(model, path, attentions)
         hosts[layer] = host = _host(path, layer)
         adapters[host] = _build(host, config)
+        if start:
+            _start(path, host, adapters[host], device)
+    rows = next((layer.rows for layer in adapted_layers(model).values()), None)
     for host, adapter in adapters.items():
         host.adapters[name] = adapter
+        host.rows = rows  # within disabled() or routed() a new layer computes what the others do
+    _split(model, attentions)
     if not adapted_layers(model):  # a later adapter leaves trainable what an earlier one trains along
         model.requires_grad_(False)
     for layer, host in hosts.items():
@@ -107,6 +132,27 @@ def check_name(name: str) -> None:
         )
 
 
+def _layer(model: nn.Module, path: str, attentions: dict[nn.MultiheadAttention, SplitAttention]) -> nn.Module:
+    """The layer at a path; an attention that has to be split for it is noted, and split once."""
+    attention = attention_around(model, path)
+    if attention is None:
+        return model.get_submodule(path)
+    if attention not in attentions:
+        attentions[attention] = SplitAttention(attention)
+    return attentions[attention].get_submodule(path.rpartition(".")[2])
+
+
+def _split(model: nn.Module, attentions: dict[nn.MultiheadAttention, SplitAttention]) -> None:
+    """Put split attentions in place, freeing each packed weight before the next is copied."""
+    while attentions:
+        attention, split = attentions.popitem()
+        attention.requires_grad_(False)  # an optimizer may hold the packed weight, and is to let go of it
+        hand_over_hooks(attention, split)
+        replace(model, {attention: split})
+        del attention
+        split.own_memory()
+
+
 def _host(path: str, layer: nn.Module) -> AdaptedLayer:
     if isinstance(layer, AdaptedLayer):
         return layer
@@ -119,3 +165,15 @@ def _host(path: str, layer: nn.Module) -> AdaptedLayer:
 def _build(host: AdaptedLayer, config: AdapterConfig) -> Adapter:
     dtype = torch.promote_types(weight_dtype(host.base_layer), torch.float32)
     return config.build(host.base_layer, device=weight_device(host.base_layer), dtype=dtype).train(host.training)
+
+
+def _start(path: str, host: AdaptedLayer, adapter: Adapter, device: torch.device | None) -> None:
+    if adapter.config.starts_from == "quantization" and isinstance(host.base_layer, QuantizedLinear):
+        raise TargetError(
+            f"{path} is quantized already, so its base cannot be fitted to an adapter any more. Use init='pissa' or "
+            "'kaiming' there, or start from the dense model and let quantize(...) do it"
+        )
+    try:
+        adapter.start(lambda: host.base_weight().to(device or host.device))
+    except ValueError as error:
+        raise TargetError(f"{path}: {error}, or exclude={path!r}") from None

@@ -31,7 +31,7 @@ def require_adapters(model: nn.Module, *names: str) -> dict[str, AdaptedLayer]:
     """
     layers = adapted_layers(model)
     if not layers:
-        raise AdapterError(f"{type(model).__name__} has no adapters; call inject(model, ...) first")
+        raise AdapterError(f"{type(model).__name__} has no adapters, or they are merged; call inject(model, ...) first")
     present = adapter_names(model)
     for name in names:
         if name not in present:

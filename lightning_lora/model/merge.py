@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import MergeError, listing
+from lightning_lora.model.attention import Host, hosts
 from lightning_lora.model.layers import adapter_names, replace, require_adapters
 from lightning_lora.model.parameters import unmark_trained
 from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.attention import SplitAttention
 from lightning_lora.nn.base import dense_weight, share_hooks, weight_dtype, with_weight
 
 
@@ -32,23 +34,34 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
         MergeError: If a weight is not finite before or after; nothing is changed then.
         AdapterError: If the model has no adapters.
     """
-    layers = require_adapters(model)
-    check_mergeable(layers, dtype=dtype)
+    check_mergeable(require_adapters(model), dtype=dtype)
     names = adapter_names(model)
-    for layer in layers.values():
-        replace(model, {layer: merged(layer, dtype=dtype)})
+    waiting = list(hosts(model).values())[::-1]
+    while waiting:  # popped, so that each can be freed before the next is merged
+        host = waiting.pop()
+        replace(model, {host: merged(host, dtype=dtype)})
     unmark_trained(model, *names)
     return model
 
 
 @torch.no_grad()
-def merged(layer: AdaptedLayer, *, dtype: torch.dtype | None = None) -> nn.Module:
+def merged(layer: Host, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Return the plain layer that computes what ``layer`` computes; ``layer`` itself is left as it is."""
-    with torch.autocast(layer.device.type, enabled=False):  # it would round B A to half precision
-        weight = layer.merged_weight().to(dtype or weight_dtype(layer.base_layer))
-    plain = with_weight(layer.base_layer, weight)
+    plain = _merged_attention(layer, dtype) if isinstance(layer, SplitAttention) else _merged_layer(layer, dtype)
     share_hooks(layer, plain)
     return plain
+
+
+def _merged_attention(attention: SplitAttention, dtype: torch.dtype | None) -> nn.Module:
+    layers = dict(attention.named_children())
+    layers |= {name: _merged_layer(x, dtype) for name, x in layers.items() if isinstance(x, AdaptedLayer)}
+    return attention.joined(layers, dtype=dtype)
+
+
+def _merged_layer(layer: AdaptedLayer, dtype: torch.dtype | None) -> nn.Module:
+    with torch.autocast(layer.device.type, enabled=False):  # it would round B A to half precision
+        weight = layer.merged_weight().to(dtype or weight_dtype(layer.base_layer))
+    return with_weight(layer.base_layer, weight)
 
 
 @torch.no_grad()

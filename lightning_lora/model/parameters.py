@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from lightning_lora.model.layers import require_adapters
+from lightning_lora.nn.adapter import Adapter
 
 _TRAINED_WITH = "_lora_trained_with"
 
@@ -20,6 +21,13 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     for layer in require_adapters(model).values():
         for name in layer.active:
             yield from (p for p in layer.adapter(name).parameters() if p.requires_grad)
+
+
+def up_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the factors ``B`` of every adapter, active or not."""
+    for layer in require_adapters(model).values():
+        for adapter in map(layer.adapter, layer.adapters):
+            yield from (adapter.get_parameter(name) for name in adapter.up)
 
 
 def adapter_state_keys(model: nn.Module, name: str = "default") -> list[str]:
@@ -62,6 +70,11 @@ def unmark_trained(model: nn.Module, *names: str) -> None:
 
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, dict[str, Tensor]]:
-    """The tensors of adapter ``name`` by layer, and then by their name in the adapter."""
+    """The tensors of adapter ``name``, as it is over the original base, by layer and then by their name in it."""
+    return {path: dict(adapter.state_dict()) for path, adapter in plain_adapters(model, name).items()}
+
+
+def plain_adapters(model: nn.Module, name: str = "default") -> dict[str, Adapter]:
+    """Adapter ``name`` by layer, as it is over the original base: see :meth:`Adapter.plain`."""
     layers = require_adapters(model, name)
-    return {path: dict(layer.adapter(name).state_dict()) for path, layer in layers.items() if name in layer.adapters}
+    return {path: layer.adapter(name).plain() for path, layer in layers.items() if name in layer.adapters}

@@ -17,9 +17,11 @@ from typing import Protocol, runtime_checkable
 from torch import nn
 
 from lightning_lora.errors import TargetError, listing
+from lightning_lora.model.attention import layer_at, named_layers, place_of
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.nn.attention import SplitAttention
 from lightning_lora.nn.kinds import has_kind, is_linear, kind_of, why_not_adaptable
 
 ALL_LINEAR = "all-linear"
@@ -82,7 +84,7 @@ def resolve(
     wanted = _as_mapping(targets, config)
     exclude, train = _as_patterns(exclude, "exclude"), _as_patterns(train, "train")
     candidates = _candidates(model)
-    linear = {name: reason for name, reason in candidates.items() if _is_linear(model.get_submodule(name))}
+    linear = {name: reason for name, reason in candidates.items() if _is_linear(layer_at(model, name))}
     if not candidates or (not linear and ALL_LINEAR in wanted):
         raise TargetError(f"{type(model).__name__} has no linear layer to adapt; {_inventory(model)}")
     trained = _trained_modules(model, train)
@@ -139,10 +141,10 @@ def _candidates(model: nn.Module) -> dict[str, str | None]:
     hosted = adapted_layers(model)
     found: dict[str, str | None] = dict.fromkeys(hosted)
     inside = tuple(f"{name}." for name in hosted)
-    for name, module in model.named_modules():
+    for name, module in named_layers(model):
         if has_kind(module) and not (inside and name.startswith(inside)):
             found[name] = why_not_adaptable(module)
-    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    order = {name: index for index, (name, _) in enumerate(named_layers(model))}
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
 
@@ -214,10 +216,15 @@ def _output_heads(model: nn.Module, linear: list[str]) -> list[str]:
     if len(linear) < 2:
         return []
     named = {id(m.get_output_embeddings()) for m in model.modules() if isinstance(m, NamesItsHead)} - {id(None)}
-    heads = [name for name in linear if id(model.get_submodule(name)) in named]
+    heads = [name for name in linear if id(layer_at(model, name)) in named]
     last = linear[-1]
-    in_block = re.search(r"(^|\.)\d+\.", last) is not None
+    in_block = re.search(r"(^|\.)\d+\.", last) is not None or _is_projection(model, last)
     return heads or ([] if named or in_block else [last])
+
+
+def _is_projection(model: nn.Module, name: str) -> bool:
+    around = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(around, SplitAttention) or place_of(model, name) != name
 
 
 def _refuse_overlap(pattern: str, found: list[str], trained: tuple[str, ...]) -> None:
@@ -231,7 +238,7 @@ def _refuse_overlap(pattern: str, found: list[str], trained: tuple[str, ...]) ->
 
 def _check_shapes(model: nn.Module, layers: Mapping[str, AdapterConfig]) -> None:
     for name, config in layers.items():
-        layer = model.get_submodule(name)
+        layer = layer_at(model, name)
         try:
             config.check(layer.kind if isinstance(layer, AdaptedLayer) else kind_of(layer))
         except ValueError as error:
@@ -244,13 +251,14 @@ def refuse_tied(model: nn.Module, layers: Iterable[str]) -> None:
     Raises:
         TargetError: Naming both.
     """
-    targets = {id(model.get_submodule(name)): name for name in layers}
-    owners: dict[int, list[tuple[str, int]]] = {}
+    places = {place_of(model, name): name for name in layers}
+    owners: dict[int, list[tuple[str, str]]] = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((f"{name}.{key}", id(module)))
+            owners.setdefault(id(parameter), []).append((f"{name}.{key}", name))
     for shared in owners.values():
-        mine = [targets[module] for _, module in shared if module in targets]
+        around = [place for _, name in shared for place in (name, name.rpartition(".")[0])]
+        mine = [places[place] for place in around if place in places]
         if len(shared) > 1 and mine:
             names = listing([name for name, _ in shared])
             raise TargetError(

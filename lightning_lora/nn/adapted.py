@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.errors import AdapterError, CheckpointError
 from lightning_lora.nn.adapter import Adapter
-from lightning_lora.nn.base import dense_weight, layer_bias, weight_device, weight_dtype
+from lightning_lora.nn.base import (
+    QuantizedLinear,
+    dense_weight,
+    layer_bias,
+    stored_weight,
+    weight_device,
+    weight_dtype,
+)
 from lightning_lora.nn.kinds import kind_of
+from lightning_lora.nn.rows import Rows
 
 
 class AdaptedLayer(nn.Module):
@@ -21,6 +30,9 @@ class AdaptedLayer(nn.Module):
         kind: How the base layer applies its weight.
         adapters: Adapters by name.
         active: Names of the adapters that compute, in order; empty means the plain base layer.
+        base_lacks: Name of the adapter whose start was taken off the base weight before it was quantized, or None.
+            Where that adapter is not active its start is put back, so that the others stand on the whole weight.
+        rows: What computes instead for the time being, row by row of the batch; None means the active adapters.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -29,12 +41,19 @@ class AdaptedLayer(nn.Module):
         self.kind = kind_of(base_layer)
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        self.base_lacks: str | None = None
+        self.rows: Rows | None = None
         self.train(base_layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the base layer's output, changed by the active adapters."""
+        if self.rows is not None and self.rows.mixed:
+            routed: Tensor = self.rows.forward(self, x)
+            return routed
         y: Tensor = self.base_layer(x)
-        for name in self.active:
+        if self.base_lacks is not None and self.base_lacks not in self._computing:
+            y = self.adapter(self.base_lacks).put_back(y, x)
+        for name in self._computing:
             y = self.adapters[name](x, y, self.base_layer)
         return y
 
@@ -44,13 +63,25 @@ class AdaptedLayer(nn.Module):
         assert isinstance(adapter, Adapter)
         return adapter
 
+    def base_weight(self) -> Tensor:
+        """Return the weight without adapters, as the base stores it, in ``float32`` at least."""
+        weight = self._stored_weight()
+        return weight if self.base_lacks is None else self.adapter(self.base_lacks).restored(weight)
+
     def merged_weight(self) -> Tensor:
         """Return the weight that computes what the active adapters compute, without dropout, as the base stores it.
 
         Summed in ``float32`` at least, whatever the base is stored in, so that a small update is not lost to rounding.
+
+        Raises:
+            AdapterError: If rows go through different adapters, so that there is no such weight.
         """
-        weight = dense_weight(self.base_layer, torch.promote_types(weight_dtype(self.base_layer), torch.float32))
-        for name in self.active:
+        if self.rows is not None and self.rows.mixed:
+            raise AdapterError(
+                "rows are routed to different adapters, which no one weight computes; leave routed() first"
+            )
+        weight = self._stored_weight() if self.base_lacks in self._computing else self.base_weight()
+        for name in self._computing:
             weight = self.adapter(name).merged(weight)
         return weight
 
@@ -59,8 +90,11 @@ class AdaptedLayer(nn.Module):
         """The merged weight in the base's dtype, computed anew on each access.
 
         Code that reads ``layer.weight`` instead of calling the layer (PyTorch's fused transformer encoder, weight
-        tying, dtype checks) therefore sees the adapted function, with gradients to the adapters.
+        tying, dtype checks) therefore sees the adapted function, with gradients to the adapters. While rows go through
+        different adapters it has a shape and a dtype but no values: the fused encoder then calls the layer.
         """
+        if self.rows is not None and self.rows.mixed:
+            return torch.empty(self._shape(), dtype=weight_dtype(self.base_layer), device="meta")
         return self.merged_weight().to(weight_dtype(self.base_layer))
 
     @property
@@ -72,6 +106,38 @@ class AdaptedLayer(nn.Module):
     def device(self) -> torch.device:
         """Where the base weight is."""
         return weight_device(self.base_layer)
+
+    @property
+    def _computing(self) -> tuple[str, ...]:
+        return self.active if self.rows is None else ()
+
+    def _shape(self) -> tuple[int, ...]:
+        quantized = isinstance(self.base_layer, QuantizedLinear)
+        kind = self.kind
+        return (kind.out_features, kind.in_features) if quantized else tuple(stored_weight(self.base_layer).shape)
+
+    def _stored_weight(self) -> Tensor:
+        return dense_weight(self.base_layer, torch.promote_types(weight_dtype(self.base_layer), torch.float32))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """See that an adapter and a base that lacks its start are of one piece, before either is loaded."""
+        if self.base_lacks is not None and not self._brings_its_base(state_dict, f"{prefix}base_layer."):
+            path = f"{prefix}adapters.{self.base_lacks}."
+            state = {key.removeprefix(path): value for key, value in state_dict.items() if key.startswith(path)}
+            if not self.adapter(self.base_lacks).stands_on_same_base(state):
+                raise CheckpointError(
+                    f"{path[:-1]} was trained over a base that was quantized without its starting values, and those "
+                    "computed here differ (another device, library or number of threads decomposes with other "
+                    "rounding). Build the module with lightning_lora.load_from_checkpoint(...), which quantizes around "
+                    "the saved values; it can then be trained on with fit(module, ckpt_path=...)"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _brings_its_base(self, state_dict: dict[str, Tensor], prefix: str) -> bool:
+        """Whether a state dict holds another base weight than the one that is here."""
+        own = self.base_layer.state_dict()
+        saved = {key: state_dict[f"{prefix}{key}"] for key in own if f"{prefix}{key}" in state_dict}
+        return any(tensor.data_ptr() != own[key].data_ptr() for key, tensor in saved.items())
 
     def __getattr__(self, name: str) -> Any:
         try:

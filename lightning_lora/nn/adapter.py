@@ -7,6 +7,7 @@ files work through these contracts alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -20,10 +21,30 @@ class Adapter(nn.Module, ABC):
 
     Parameters are bare ``nn.Parameter``s rather than ``nn.Linear`` modules, so that nothing which searches a model for
     linear layers (quantizers, sharding policies, another injection) finds the adapter itself.
+
+    Three methods every adapter has. The others are for adapters that start from the base weight; the base itself is
+    never rewritten, but one that is going to be quantized may be quantized without what the adapter starts with.
     """
+
+    additive: ClassVar[bool] = True
+    """Whether it adds to the output so far and to the weight so far the same, whatever other adapters did to them."""
+
+    up: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters to which LoRA+ gives a learning rate of their own: the factor ``B``."""
 
     config: AdapterConfig
     kind: Kind
+    started: bool = True
+    """Whether its starting values are there; an adapter without them refuses to compute."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """Move with the module around it, but stay in full precision when that is cast to half.
+
+        The adapter holds the master weights: an update below half a step of ``bfloat16`` would be rounded away. Modules
+        have no public hook for casts; ``.half()``, ``.to(dtype)`` and Lightning's ``*-true`` precisions all end here.
+        """
+        super()._apply(lambda tensor: _in_full_precision(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor, base_layer: nn.Module) -> Tensor:
@@ -43,11 +64,70 @@ class Adapter(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw the starting values, also after the parameters were materialized from the meta device."""
 
+    def start(self, weight: Callable[[], Tensor]) -> None:
+        """Compute what of the starting values depends on the base weight; called once, before the adapter is used.
+
+        Args:
+            weight: Gives the base weight as the layer stores it, in ``float32`` at least.
+
+        Raises:
+            ValueError: If nothing can be computed from it.
+        """
+
+    def take_off(self, weight: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Return what to quantize in place of ``weight``, or None to quantize it as it is.
+
+        An adapter that returns a weight computes, from then on, over a base that lacks the rest.
+
+        Args:
+            weight: The base weight as the layer stores it.
+            rounded: What a weight is once it has been quantized and read back in ``float32``.
+        """
+        return None
+
+    def put_back(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return the output ``y`` for the input ``x`` with what was taken off: what an inactive adapter does."""
+        return y
+
+    def restored(self, weight: Tensor) -> Tensor:
+        """Return the base's ``weight`` with what was taken off."""
+        return weight
+
+    def resume(self, state: Mapping[str, Tensor]) -> None:
+        """Take up the start of a saved adapter, before the base is quantized; the rest of its state is loaded later."""
+
+    def stands_on_same_base(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether a saved state of this adapter goes with what was taken off the base here, bit for bit."""
+        return True
+
+    def plain(self) -> Adapter:
+        """Return the adapter that does to the original base what this one does to its own: the one to save."""
+        return self
+
+    def rebase(self, before: nn.Module, after: nn.Module) -> None:
+        """Adjust to a base layer that was just replaced, as quantizing does, by one of slightly other weights."""
+
+
+def _in_full_precision(before: Tensor, after: Tensor) -> Tensor:
+    shrunk = before.dtype == torch.float32 and after.dtype in (torch.bfloat16, torch.float16)
+    return before.to(after.device) if shrunk else after
+
 
 class AdapterConfig(ABC):
     """A method with its hyperparameters: a frozen value, valid as soon as it exists."""
 
     method: ClassVar[str]
+
+    decisive: ClassVar[tuple[str, ...]] = ()
+    """Names of the fields that decide what saved tensors mean: with other values they are another function."""
+
+    dropout: float = 0.0
+    """Probability of zeroing an element of the input while training; a field where the method has it."""
+
+    @property
+    def starts_from(self) -> str:
+        """What starting values are computed from: ``"chance"``, ``"weight"``, ``"quantization"`` or ``"data"``."""
+        return "chance"
 
     @abstractmethod
     def check(self, kind: Kind) -> None:

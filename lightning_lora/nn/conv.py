@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,19 +69,32 @@ class ConvKind(Kind):
     def add_low_rank(self, y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         """Return ``y + s B (A * x)``."""
         convolve, ones = _CONVOLUTIONS[self.axes], (1,) * self.axes
-        x = x.to(y.dtype)
-        if self.pad:
-            x = F.pad(x, self.pad, mode=self.pad_mode)
-        kernels = lora_A.to(y.dtype).view(-1, *self.kernel)
-        if self.groups > 1:
-            kernels = kernels.repeat(self.groups, *(1,) * len(self.kernel))
-        down = convolve(x, kernels, None, self.stride, self.padding, self.dilation, self.groups)
+        down = self._down(x.to(y.dtype), lora_A.to(y.dtype))
         up = convolve(down, lora_B.to(y.dtype).view(*lora_B.shape, *ones), None, groups=self.groups)
         return y + scaling * up
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the patches a kernel is applied to, of all positions and groups: those of ``A = 1``."""
+        patches = self._down(x, torch.eye(self.in_features, dtype=x.dtype, device=x.device))
+        last = patches.movedim(-1 - self.axes, -1)  # of each position, the patches of all groups
+        return last.reshape(-1, self.in_features)
+
+    def _down(self, x: Tensor, lora_A: Tensor) -> Tensor:
+        """Apply ``R`` kernels to each group: ``(N, G R, ...)``."""
+        if self.pad:
+            x = F.pad(x, self.pad, mode=self.pad_mode)
+        kernels = lora_A.view(-1, *self.kernel)
+        if self.groups > 1:
+            kernels = kernels.repeat(self.groups, *(1,) * len(self.kernel))
+        return _CONVOLUTIONS[self.axes](x, kernels, None, self.stride, self.padding, self.dilation, self.groups)
 
     def along_outputs(self, vector: Tensor, y: Tensor) -> Tensor:
         """Channels stand before the spatial axes."""
         return vector.view(-1, *(1,) * self.axes)
+
+    def has_batch(self, x: Tensor) -> bool:
+        """A single image has its channels first."""
+        return x.dim() == self.axes + 2
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """Return ``(O, C/groups k...)``."""

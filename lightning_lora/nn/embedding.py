@@ -36,6 +36,10 @@ class EmbeddingKind(Kind):
         """The features of an embedding are its last axis."""
         return vector
 
+    def has_batch(self, x: Tensor) -> bool:
+        """Tokens have no features."""
+        return x.dim() > 0
+
     def drop(self, x: Tensor, p: float) -> Tensor:
         """Tokens are no numbers: nothing is dropped."""
         return x

@@ -47,6 +47,14 @@ class Kind(ABC):
     def along_outputs(self, vector: Tensor, y: Tensor) -> Tensor:
         """Shape a vector of ``O`` elements so that it broadcasts over an output ``y``."""
 
+    def features(self, x: Tensor) -> Tensor:
+        """Return ``phi(x)`` as rows, of shape ``(N, I)``: what the weight as a matrix is multiplied with."""
+        return x.reshape(-1, self.in_features)
+
+    def has_batch(self, x: Tensor) -> bool:
+        """Whether the first axis of an input counts samples, rather than the features of a single one."""
+        return x.dim() > 1
+
     def drop(self, x: Tensor, p: float) -> Tensor:
         """Zero elements of the input with probability ``p``, and scale the rest up."""
         return F.dropout(x, p)

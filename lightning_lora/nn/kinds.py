@@ -70,7 +70,7 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
     if not has_kind(layer):
         return f"{name} is no linear layer, embedding or convolution"
     if isinstance(layer, NonDynamicallyQuantizableLinear):
-        return "it belongs to nn.MultiheadAttention, which reads its weight without calling it"
+        return "it belongs to a changed nn.MultiheadAttention, which reads its weight without calling it"
     if parametrize.is_parametrized(layer):
         return "its weight is parametrized (torch.nn.utils.parametrize), so a merge could not write it back"
     own = next((kind for kind in (nn.Linear, nn.Embedding, *CONVOLUTIONS) if isinstance(layer, kind)), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_lora.errors import OptimizerError, listing
+from lightning_lora.model.parameters import up_parameters
+from lightning_lora.optim.lora_plus import speed_up
 from lightning_lora.optim.paged_adamw import FIX, optimizer_name, paged_adamw_8bit, replaceable
 
 Scheduler = LRScheduler | ReduceLROnPlateau
@@ -21,7 +23,8 @@ def rewrite_optimizers(
     schedulers: Iterable[Scheduler],
     *,
     paged_8bit: bool,
-    owners: Mapping[Tensor, nn.Module] | None = None,
+    lr_ratio: float = 1.0,
+    owners: Mapping[Tensor, Iterable[nn.Module]] | None = None,
 ) -> list[Optimizer]:
     """Return optimizers over exactly the trainable parameters of ``model``.
 
@@ -36,7 +39,8 @@ def rewrite_optimizers(
         optimizers: What ``configure_optimizers`` returned, not stepped yet.
         schedulers: The schedulers over them, changed in place.
         paged_8bit: Whether to swap Adam and AdamW.
-        owners: The adapted layer that each weight of the original model went into, by identity.
+        lr_ratio: What the learning rate of the factors ``B`` is multiplied by (LoRA+); groups are split for it.
+        owners: The adapted layers that each weight of the original model went into, by identity.
 
     Raises:
         OptimizerError: If an optimizer holds no trainable parameter, if a trainable one is in none, or if a swap would
@@ -46,11 +50,16 @@ def rewrite_optimizers(
     _check_coverage(model, optimizers)
     for optimizer in optimizers:
         _drop_frozen(optimizer)
+    schedulers = list(schedulers)
+    if lr_ratio != 1:
+        for optimizer in optimizers:
+            speed_up(optimizer, _driving(optimizer, schedulers), up_parameters(model), lr_ratio)
     if not paged_8bit:
         return list(optimizers)
     swapped = {optimizer: paged_adamw_8bit(optimizer) for optimizer in optimizers if replaceable(optimizer)}
     for scheduler in schedulers:
-        _repoint(scheduler, swapped)
+        for part in _with_parts(scheduler):
+            _repoint(part, swapped)
     return [swapped.get(optimizer, optimizer) for optimizer in optimizers]
 
 
@@ -70,12 +79,14 @@ def check_references(owner: object, built: Sequence[Optimizer], used: Sequence[O
                 )
 
 
-def _add_adapters(model: nn.Module, optimizers: Sequence[Optimizer], owners: Mapping[Tensor, nn.Module]) -> None:
+def _add_adapters(
+    model: nn.Module, optimizers: Sequence[Optimizer], owners: Mapping[Tensor, Iterable[nn.Module]]
+) -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     held = {id(p) for group in groups for p in group["params"]}
     for group in groups:
-        layers = [owners[p] for p in group["params"] if p in owners]
+        layers = [layer for p in group["params"] if p in owners for layer in owners[p]]
         new = [p for layer in layers for p in layer.parameters() if p.requires_grad and id(p) not in held]
         group["params"].extend(new)  # in place: LBFGS keeps the list itself
         if "param_names" in group:
@@ -110,12 +121,22 @@ def _drop_frozen(optimizer: Optimizer) -> None:
         group["params"][:] = [p for p in group["params"] if p.requires_grad]  # in place: LBFGS keeps the list itself
 
 
-def _repoint(scheduler: Any, swapped: dict[Optimizer, Optimizer]) -> None:
-    """Let a scheduler, and those it is made of or wraps, drive the new optimizer."""
+def _driving(optimizer: Optimizer, schedulers: Iterable[Scheduler]) -> list[Scheduler]:
+    """The schedulers of one optimizer, with those that they are made of or wrap."""
+    found = [inner for scheduler in schedulers for inner in _with_parts(scheduler)]
+    return [scheduler for scheduler in dict.fromkeys(found) if scheduler.optimizer is optimizer]
+
+
+def _with_parts(scheduler: Scheduler) -> Iterator[Scheduler]:
+    yield scheduler
     for value in vars(scheduler).values():
         for inner in value if isinstance(value, list | tuple) else (value,):
             if isinstance(inner, Scheduler):
-                _repoint(inner, swapped)
+                yield from _with_parts(inner)
+
+
+def _repoint(scheduler: Any, swapped: dict[Optimizer, Optimizer]) -> None:
+    """Let a scheduler drive the new optimizer."""
     new = swapped.get(scheduler.optimizer)
     if new is None:
         return

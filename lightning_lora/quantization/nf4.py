@@ -72,10 +72,10 @@ class NF4Linear(QuantizedLinear):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_linear(cls, layer: nn.Linear, config: NF4Config) -> NF4Linear:
-        """Quantize a layer's weight; the layer is left as it is and its bias is shared."""
+    def from_linear(cls, layer: nn.Linear, config: NF4Config, *, weight: Tensor | None = None) -> NF4Linear:
+        """Quantize a layer's weight, or another one in its place; the layer stays as it is and its bias is shared."""
         functional = dependencies.bitsandbytes("NF4").functional
-        weight = layer.weight.detach()
+        weight = layer.weight.detach() if weight is None else weight
         codes, absmax = _pack(functional, weight.reshape(-1), config.block_size)
         nested_absmax = offset = None
         if config.double_quant:  # QLoRA, section 3: the maxima are positive, so their mean is taken off first
@@ -90,7 +90,7 @@ class NF4Linear(QuantizedLinear):
             nested_absmax=nested_absmax,
             offset=offset,
             bias=layer.bias,
-            source_dtype=weight.dtype,
+            source_dtype=layer.weight.dtype,
         ).train(layer.training)
 
     @classmethod
@@ -154,7 +154,8 @@ class NF4Linear(QuantizedLinear):
             state2=nested,
         )
         weight: Tensor = bnb.functional.dequantize_4bit(self.codes, state)
-        return weight.to(dtype)
+        # bitsandbytes takes a single byte of codes for a transposed weight and returns that of a 1 x 2 layer as 2 x 1.
+        return weight.reshape(self.out_features, self.in_features).to(dtype)
 
     @property
     def storage(self) -> str:

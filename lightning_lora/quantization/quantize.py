@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import dependencies
 from lightning_lora.errors import QuantizationError, listing
 from lightning_lora.model.layers import require_adapters
 from lightning_lora.model.merge import is_finite
+from lightning_lora.model.progress import progress
 from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
 from lightning_lora.nn.fingerprint import fingerprints
 from lightning_lora.quantization.config import NF4Config
@@ -35,6 +37,10 @@ def quantize(
     which is what packing a piece of a layer takes there). A layer that is quantized already stays as
     it is, and so does one that :func:`check_quantizable` names.
 
+    Under an adapter that starts in the weight (PiSSA, OLoRA, LoftQ) what is quantized is the weight without that start,
+    ``Q = quantized(W - s B0 A0)``, where that brings ``deq(Q) + s B A`` nearer to ``W`` than plain quantization; it
+    takes a few copies of the layer more while it is computed.
+
     Args:
         model: A model with adapters.
         config: How to store the weights.
@@ -43,7 +49,8 @@ def quantize(
 
     Raises:
         AdapterError: If the model has no adapters.
-        QuantizationError: If a weight is on the meta device or not finite, or if no layer can be quantized.
+        QuantizationError: If a weight is on the meta device or not finite, if no layer can be quantized, or if a layer
+            cannot be whose adapter has ``init="loftq"``.
         UnsupportedError: If bitsandbytes is not installed.
         ValueError: If ``hold`` is neither.
     """
@@ -54,17 +61,20 @@ def quantize(
     dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear)}
     chosen = {name: layer for name, layer in dense.items() if name not in kept}
     _check_weights(chosen)
+    _refuse_waiting({name: layer for name, layer in layers.items() if name not in chosen}, kept)
     origins = fingerprints({name: stored_weight(layer.base_layer) for name, layer in chosen.items()})
-    for name, layer in chosen.items():
+    for name, layer in progress(chosen.items(), "quantizing"):
         base = layer.base_layer
         assert isinstance(base, nn.Linear)
-        layer.base_layer = quantized = NF4Linear.from_linear(base if device is None else base.to(device), config)
+        layer.base_layer = quantized = _quantized(layer, base if device is None else base.to(device), config)
         if name in origins:  # the dense weight is gone from here on, and files tell by it which base they belong to
             quantized.remember(origins[name])
         if hold == "parameters":
             quantized.hold_as_parameters()
         if device is not None:
             layer.adapters.to(device)
+        for name in layer.adapters:
+            layer.adapter(name).rebase(base, quantized)
     return model
 
 
@@ -99,6 +109,49 @@ def check_quantizable(layers: Mapping[str, nn.Module], device: torch.device | st
             f"none of the {len(layers)} adapted layers can be held in NF4 ({reasons}). Use quantization=None"
         )
     return kept
+
+
+def refuse_unfitted(configs: Mapping[str, AdapterConfig], kept: Mapping[str, str]) -> None:
+    """Refuse adapters that start where their base is quantized, over bases that are not going to be.
+
+    Args:
+        configs: The config of each layer's adapter.
+        kept: Layers that stay as they are, with the reason.
+
+    Raises:
+        QuantizationError: Naming them.
+    """
+    waiting = [f"{name} ({kept[name]})" for name in kept if configs[name].starts_from == "quantization"]
+    if waiting:
+        raise QuantizationError(
+            f"init='loftq' fits an adapter to a base that is being quantized, which cannot be done for "
+            f"{listing(waiting)}. Exclude it, or give it another init in targets={{name: LoRAConfig(...)}}"
+        )
+
+
+def _refuse_waiting(layers: Mapping[str, AdaptedLayer], kept: Mapping[str, str]) -> None:
+    """Refuse what :func:`refuse_unfitted` does, of the adapters that are in the model already and not fitted yet."""
+    waiting = {
+        name: adapter.config
+        for name, layer in layers.items()
+        for adapter in map(layer.adapter, layer.adapters)
+        if not adapter.started
+    }
+    refuse_unfitted(waiting, {name: kept.get(name, "it is quantized already") for name in waiting})
+
+
+def _quantized(layer: AdaptedLayer, base: nn.Linear, config: NF4Config) -> NF4Linear:
+    """Quantize a base, without the start of the first active adapter that takes one off."""
+
+    def rounded(weight: Tensor) -> Tensor:
+        return NF4Linear.from_linear(base, config, weight=weight).dequantize(torch.float32)
+
+    for name in layer.active:
+        rest = layer.adapter(name).take_off(base.weight.detach(), rounded)
+        if rest is not None:
+            layer.base_lacks = name
+            return NF4Linear.from_linear(base, config, weight=rest)
+    return NF4Linear.from_linear(base, config)
 
 
 def _check_weights(layers: Mapping[str, AdaptedLayer]) -> None:

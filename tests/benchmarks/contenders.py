@@ -16,7 +16,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, inject, quantize
+from lightning_lora import DoRAConfig, LoRAConfig, inject, quantize
 
 ALPHA_OVER_R = 2.0
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "nf4": torch.bfloat16}
@@ -81,10 +81,12 @@ def draw(case: Case, names: tuple[str, ...]) -> dict[str, Weights]:
     }
 
 
-def ours(case: Case, weights: Mapping[str, Weights]) -> dict[str, Adapted]:
+def ours(
+    case: Case, weights: Mapping[str, Weights], method: type[LoRAConfig | DoRAConfig] = LoRAConfig
+) -> dict[str, Adapted]:
     """Adapt with this library: ``inject``, and ``quantize`` where the base is NF4."""
     model = nn.ModuleDict({name: _linear(its.W) for name, its in weights.items()})
-    config = LoRAConfig(r=case.r, alpha=ALPHA_OVER_R * case.r, dropout=case.dropout)
+    config = method(r=case.r, alpha=ALPHA_OVER_R * case.r, dropout=case.dropout)
     inject(model, list(weights), config)
     if case.base == "nf4":
         quantize(model)
@@ -93,13 +95,19 @@ def ours(case: Case, weights: Mapping[str, Weights]) -> dict[str, Adapted]:
     return _filled({n: Adapted(layers[n], factors[n].lora_A, factors[n].lora_B) for n in weights}, weights)
 
 
-def theirs(case: Case, weights: Mapping[str, Weights], *, autocast_adapter_dtype: bool = True) -> dict[str, Adapted]:
+def theirs(
+    case: Case, weights: Mapping[str, Weights], *, autocast_adapter_dtype: bool = True, use_dora: bool = False
+) -> dict[str, Adapted]:
     """Adapt with PEFT: adapters in ``float32`` by default, in the base's dtype without ``autocast_adapter_dtype``."""
     make = _linear4bit if case.base == "nf4" else _linear
     model: Any = nn.ModuleDict({name: make(its.W) for name, its in weights.items()})
     model.is_loaded_in_4bit = case.base == "nf4"  # what PEFT looks for before it adapts a Linear4bit
     config = peft.LoraConfig(
-        r=case.r, lora_alpha=ALPHA_OVER_R * case.r, lora_dropout=case.dropout, target_modules=list(weights)
+        r=case.r,
+        lora_alpha=ALPHA_OVER_R * case.r,
+        lora_dropout=case.dropout,
+        target_modules=list(weights),
+        use_dora=use_dora,
     )
     adapted: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
     layers = {name: adapted.base_model.model[name] for name in weights}

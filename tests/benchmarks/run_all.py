@@ -21,10 +21,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCRIPTS = (
     "linear_step.py",
+    "dora_step.py",
     "saved_activations.py",
     "injection.py",
     "quantization_memory.py",
     "callback_overhead.py",
+    "routing.py",
 )
 INTRODUCTION = """# Benchmarks on a CPU
 

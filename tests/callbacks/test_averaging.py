@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 
-from lightning_lora import LoRACallback, UnsupportedError
+from lightning_lora import LoRACallback, TargetError, UnsupportedError
 from lightning_lora.model.layers import adapted_layers
 from tests.callbacks.conftest import Module, loader
+from tests.conftest import Net
 
 
 def ema() -> WeightAveraging:
@@ -104,3 +105,15 @@ def test_averaging_that_resets_frozen_statistics_is_refused(trainer):
     with pytest.raises(UnsupportedError, match=r"resets the running statistics of net\.norm.*train="):
         trainer(LoRACallback(r=4), swa()).fit(Normed(), loader())
     trainer(LoRACallback(r=4, train="norm"), swa(), max_epochs=1).fit(Normed(), loader())
+
+
+def test_a_model_built_too_late_to_be_averaged_is_refused_with_where_to_build_it(trainer):
+    class InSetup(Module):
+        def __init__(self):
+            super().__init__(nn.Identity())
+
+        def setup(self, stage):
+            self.net = Net()
+
+    with pytest.raises(TargetError, match=r"no linear layer.*build the layers in __init__ or configure_model"):
+        trainer(LoRACallback(r=4), ema()).fit(InSetup(), loader())

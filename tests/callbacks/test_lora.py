@@ -123,6 +123,24 @@ def loader_in(precision: str):
     return data
 
 
+def test_updates_below_a_step_of_bf16_are_kept_under_bf16_true(trainer):
+    """The adapters are the master weights: 1.0 in bf16 is followed by 1.0078."""
+
+    class Still(Module):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-5)
+
+    class Set(Callback):
+        def on_train_start(self, trainer, pl_module):
+            for layer in adapted_layers(pl_module).values():
+                torch.nn.init.ones_(layer.adapter("default").lora_B)
+
+    module, watch = Still(), Watch()
+    trainer(Set(), watch, LoRACallback(r=4), precision="bf16-true", max_epochs=1).fit(module, loader_in("bf16-true"))
+    changed = [(watch.state[key] != 1).any().item() for key in watch.state if key.endswith("lora_B")]
+    assert changed == [True] * 6
+
+
 # Checkpoints
 
 
@@ -442,7 +460,13 @@ def test_a_trainer_of_the_other_package_is_refused_with_what_to_import(tmp_path)
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"method": "dora"}, "method must be one of lora, got 'dora'"),
+        ({"method": "ia3"}, "method must be one of lora, dora, lora_fa, vera, got 'ia3'"),
+        (
+            {"method": "vera", "alpha": 16.0},
+            "method='vera' does not have alpha=16.0; it has r, dropout, d_initial, seed",
+        ),
+        ({"method": "dora", "adapter": "x"}, "adapter='x' brings its own method"),
+        ({"lr_ratio": 0}, "lr_ratio must be finite and above 0"),
         ({"quantization": "nf3"}, "quantization must be one of nf4, got 'nf3'"),
         ({"optimizer": "adamw"}, "optimizer must be one of paged_adamw_8bit, got 'adamw'"),
         ({"targets": {"q_proj": {"rank": 4}}}, r"targets\['q_proj'\] has rank; fields are r, alpha"),
@@ -720,3 +744,31 @@ def test_a_base_that_configure_optimizers_unfreezes_stays_frozen(trainer):
     trainer(watch, LoRACallback(r=4, quantization=None), max_epochs=1).fit(Unfreezes(), loader())
     assert len(watch.held) == len(watch.trained) == 12
     assert all(torch.equal(watch.after[name], base) for name, base in watch.base.items())
+
+
+@pytest.mark.filterwarnings("ignore::Warning")  # dynamo's own, about autograd functions and lru_cache
+def test_checkpoints_of_compiled_and_plain_submodules_are_the_same(trainer):
+    def compiled() -> Module:
+        torch.manual_seed(0)
+        return Module(torch.compile(Net(), backend="eager"))
+
+    run = trainer(LoRACallback(r=4), max_epochs=1)
+    run.fit(compiled(), loader())
+    path = run.checkpoint_callback.best_model_path
+    keys = torch.load(path, weights_only=True)["state_dict"]
+    assert not [key for key in keys if "_orig_mod" in key]
+    torch.manual_seed(0)
+    trainer(LoRACallback(r=4), max_epochs=2).fit(Module(), loader(), ckpt_path=path)
+    trainer(LoRACallback(r=4), max_epochs=2).fit(compiled(), loader(), ckpt_path=path)
+
+
+def test_a_module_that_configures_no_optimizer_is_told_so(trainer):
+    class Without(Module):
+        def configure_optimizers(self):
+            return None
+
+    with (
+        pytest.warns(UserWarning, match="configure_optimizers. returned .None"),
+        pytest.raises(OptimizerError, match="configure_optimizers returns None, so nothing would be trained"),
+    ):
+        trainer(LoRACallback(r=4)).fit(Without(), loader())

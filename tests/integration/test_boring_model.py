@@ -197,8 +197,10 @@ def test_a_second_fit(kind, trainer):
 
 
 def test_resume(kind, trainer):
+    torch.manual_seed(0)
     run = trainer(kind.lora())
     run.fit(kind.model())
+    torch.manual_seed(0)
     module = kind.model()
     again = trainer(kind.lora(), max_epochs=3)
     again.fit(module, ckpt_path=run.checkpoint_callback.best_model_path)

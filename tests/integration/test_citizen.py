@@ -4,7 +4,7 @@ Every test is of one behaviour and says its number; they stand in that order. Fi
 """
 
 import copy
-import os
+import csv
 import pickle
 import re
 import signal
@@ -20,12 +20,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     EarlyStopping,
     EMAWeightAveraging,
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelPruning,
     ModelSummary,
     OnExceptionCheckpoint,
     RichModelSummary,
@@ -34,7 +36,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import LightningCLI, OptimizerCallable
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import BitsandbytesPrecision, MixedPrecision
+from lightning.pytorch.plugins import AsyncCheckpointIO, BitsandbytesPrecision, MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.optim import lr_scheduler
@@ -195,6 +198,23 @@ def test_adapters_and_train_modules_alone_are_trained_wherever_the_model_is_buil
         )
         assert torch.equal(look.after[f"{layer}.base_layer.codes"], codes.flatten())
         assert torch.equal(look.after[f"{layer}.base_layer.absmax"], form.absmax)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_a_model_built_under_the_precision_of_the_trainer_is_adapted_in_it(trainer, quantization):
+    """Behaviour 1. In ``configure_model`` new layers have the Trainer's dtype; adapters over them stay in fp32."""
+
+    class Half(InConfigureModel):
+        def training_step(self, batch, batch_idx):
+            return super().training_step([batch[0], batch[1].bfloat16()], batch_idx)
+
+    module, look = Half(), Look()
+    trainer(look, LoRACallback(r=4, quantization=quantization), precision="bf16-true").fit(module, loader())
+    assert look.layers == ADAPTED
+    assert {tensor.dtype for tensor in adapters(look.after).values()} == {torch.float32}
+    base = {name: tensor for name, tensor in look.after.items() if name not in adapters(look.after)}
+    assert {tensor.dtype for tensor in base.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert all(not torch.equal(look.after[name], look.before[name]) for name in look.trained if name.endswith("B"))
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate"])
@@ -440,6 +460,21 @@ def test_every_checkpoint_that_anything_writes_holds_the_fine_tune_alone(trainer
     assert require_adapters_alone(failing) >= 1 + 1 + 2 * (1 + 1 + 1)
 
 
+def test_checkpoints_written_in_the_background_are_those_of_their_step(trainer, tmp_path):
+    """Behaviour 3. ``AsyncCheckpointIO`` writes while training goes on, and while the adapters are merged."""
+    seen, saver = {}, ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_last=True)
+
+    class Steps(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen[trainer.global_step] = adapters(state(pl_module))
+
+    run = trainer(Steps(), LoRACallback(r=4), saver, plugins=[AsyncCheckpointIO()], max_epochs=2)
+    run.fit(fresh(), loader())
+    for step, expected in seen.items():
+        assert same(torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["state_dict"], expected)
+    assert same(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"], seen[8])
+
+
 # 4. Resume
 
 
@@ -452,12 +487,15 @@ class Stateful(DataLoader):
         self.position, self.order = 0, []
 
     def __iter__(self):
+        torch.empty((), dtype=torch.int64).random_()  # a DataLoader draws a seed for its workers
+        return self.batches()
+
+    def batches(self):
         if not self.position:
             self.order = torch.randperm(len(self.dataset)).split(4)
         for indices in self.order[self.position :]:
-            self.position += 1
+            self.position = (self.position + 1) % len(self.order)
             yield [tensor[indices] for tensor in self.dataset.tensors]
-        self.position = 0
 
     def state_dict(self):
         return {"position": self.position, "order": list(self.order)}
@@ -468,22 +506,29 @@ class Stateful(DataLoader):
 
 @pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", None])
 @pytest.mark.parametrize("quantization", ["nf4", None])
-@pytest.mark.parametrize("step", [8, 11], ids=["epoch boundary", "mid-epoch"])
-def test_a_resumed_run_is_the_one_that_never_stopped(trainer, tmp_path, optimizer, quantization, step):
+@pytest.mark.parametrize(
+    ("file", "step"),
+    [("epoch=0", 8), ("step=11", 11)],
+    ids=["epoch boundary", "mid-epoch"],
+)
+def test_a_resumed_run_is_the_one_that_never_stopped(trainer, tmp_path, optimizer, quantization, file, step):
     """Behaviour 4. Bit for bit, with dropout and shuffling. More kill points are in ``test_resume.py``."""
     lora = {"r": 4, "dropout": 0.2, "quantization": quantization, "optimizer": optimizer}
 
     def run(module: Module, **fit) -> Look:
         look = Look()
-        saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-        made = trainer(look, LoRACallback(**lora), saver, max_epochs=3)
+        savers = [
+            ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1),
+            ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1),
+        ]
+        made = trainer(look, LoRACallback(**lora), *savers, max_epochs=3)
         made.fit(module, Stateful(), loader(), **fit)
         return look
 
     straight, resumed = fresh(), fresh()
     look = run(straight)
     torch.manual_seed(123)  # whatever the new process has drawn so far
-    again = run(resumed, ckpt_path=tmp_path / f"step={step}.ckpt")
+    again = run(resumed, ckpt_path=tmp_path / f"{file}.ckpt")
     assert resumed.losses == straight.losses[step:]
     assert same(again.after, look.after)
     assert same(resumed.state_dict(), straight.state_dict())
@@ -594,6 +639,17 @@ def test_a_checkpoint_of_another_fine_tune_is_refused_naming_both(trainer, tmp_p
     with pytest.raises(CheckpointError, match=said):
         getattr(trainer(LoRACallback(**{"r": 4, **settings})), stage)(module, loader(), ckpt_path=best(run))
     assert not any(tensor.any() for name, tensor in module.state_dict().items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_a_checkpoint_over_another_base_is_refused_naming_both(trainer, stage):
+    """Behaviour 6. Of the same shapes: only the values of one weight differ."""
+    run, other = trainer(LoRACallback(r=4)), fresh()
+    run.fit(fresh(), loader())
+    with torch.no_grad():
+        other.net.downs[0].weight[0, 0] += 1e-3
+    with pytest.raises(CheckpointError, match=r"trained on base \w{12} and this model is \w{12}, .*in net\.downs\.0"):
+        getattr(trainer(LoRACallback(r=4)), stage)(other, loader(), ckpt_path=best(run))
 
 
 @pytest.mark.parametrize(
@@ -969,6 +1025,30 @@ def test_set_ups_that_would_lose_adapters_or_gradients_are_refused(trainer):
         trainer(strategy="qlora", devices=2)
 
 
+class Engine(DeepSpeedStrategy):
+    """DeepSpeed's strategy, which cannot be made where DeepSpeed is not installed."""
+
+    def __init__(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        (FSDPStrategy, "FSDPStrategy: its flat parameters cannot hold 4-bit codes.*ModelParallelStrategy"),
+        (Engine, "Engine: its engine writes the checkpoints.*Use 'ddp', or ModelParallelStrategy"),
+    ],
+    ids=["FSDP1", "DeepSpeed"],
+)
+def test_strategies_that_save_or_shard_in_their_own_way_are_refused(trainer, strategy, said):
+    """Behaviour 12. Lightning makes them with GPUs only; here they are put in place."""
+    run, sharding = trainer(), strategy()
+    sharding.accelerator = run.accelerator
+    run._accelerator_connector.strategy = sharding
+    with pytest.raises(UnsupportedError, match=said):
+        LoRACallback(r=4).setup(run, fresh(), "fit")
+
+
 @pytest.fixture
 def one_process_group():
     """A process group of this process."""
@@ -1001,13 +1081,14 @@ def test_adapters_are_not_put_on_layers_that_are_sharded_already(trainer, one_pr
     [
         ("32-true", torch.float32, torch.float32),
         ("bf16-mixed", torch.float32, torch.bfloat16),
-        ("bf16-true", torch.bfloat16, torch.bfloat16),  # Lightning casts all of the module, adapters too
+        ("bf16-true", torch.bfloat16, torch.bfloat16),
         ("64-true", torch.float64, torch.float64),
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_each_precision_keeps_its_dtypes_and_the_codes_of_the_base(trainer, precision, dtype, computed, quantization):
-    """Behaviour 13. Casts of the whole module leave the packed base as it is."""
+    """Behaviour 13. Casts of the whole module leave the packed base as it is, and the adapters in fp32 or better."""
+    trained = torch.promote_types(dtype, torch.float32)
 
     class Casts(Module):
         def training_step(self, batch, batch_idx):
@@ -1023,7 +1104,7 @@ def test_each_precision_keeps_its_dtypes_and_the_codes_of_the_base(trainer, prec
     run = trainer(look, LoRACallback(r=4, quantization=quantization), precision=precision, max_epochs=2)
     run.fit(module, loader())
     assert computed in dtypes
-    assert {tensor.dtype for tensor in adapters(look.after).values()} == module.grads == {dtype}
+    assert {tensor.dtype for tensor in adapters(look.after).values()} == module.grads == {trained}
     packed = [name for name in look.after if name.endswith((".codes", ".absmax", ".nested_absmax", ".offset"))]
     assert bool(packed) is (quantization == "nf4")
     assert all(torch.equal(look.after[name], look.before[name]) for name in packed)
@@ -1076,6 +1157,7 @@ class Unlogged(Module):
         ({"enable_checkpointing": False}, True),
         ({"overfit_batches": 2}, True),
         ({"limit_val_batches": 0, "num_sanity_val_steps": 0}, True),
+        ({"max_time": {"seconds": 0.2}, "max_epochs": -1}, True),
         ({"max_epochs": 0}, False),
         ({"max_steps": 0}, False),
         ({"limit_train_batches": 0}, False),
@@ -1175,11 +1257,21 @@ class Mine(LoRACallback):
             UnsupportedError,
             "two LoRACallbacks.*LoRA strategy brings one",
         ),
+        (
+            lambda: ([LoRACallback(r=4), BackboneFinetuning()], {}),
+            UnsupportedError,
+            "BackboneFinetuning freezes and unfreezes the same parameters.*Drop one",
+        ),
+        (
+            lambda: ([LoRACallback(r=4), ModelPruning("l1_unstructured")], {}),
+            UnsupportedError,
+            "ModelPruning replaces the weights below the adapters",
+        ),
         (lambda: ([LoRACallback("k_proj", r=4)], {}), TargetError, "'k_proj' matches no linear layer.*q_proj"),
         (lambda: ([LoRACallback(exclude="*", r=4)], {}), TargetError, "exclude"),
         (lambda: ([LoRACallback(r=65)], {}), TargetError, "r=65 is more than the full rank 64"),
     ],
-    ids=["two", "a subclass too", "a strategy too", "no target", "all excluded", "rank"],
+    ids=["two", "a subclass too", "a strategy too", "finetuning", "pruning", "no target", "all excluded", "rank"],
 )
 def test_what_cannot_work_together_is_refused_before_anything_changes(trainer, make, error, said):
     """Behaviour 18. Each message says what to do."""
@@ -1252,7 +1344,8 @@ def test_progress_and_summaries_look_as_ever_and_the_totals_are_true(trainer, ca
     dense = sum(p.numel() for p in fresh().parameters())
     trained = 4 * (2 * (64 + 64) + 2 * (64 + 128) + 2 * (128 + 64))
     module = fresh()
-    with caplog.at_level("INFO"):
+    # The level of Lightning's own logger is the process's, and another test may have turned it down.
+    with caplog.at_level("INFO"), caplog.at_level("INFO", logger="lightning.pytorch"):
         trainer(
             LoRACallback(r=4),
             RichProgressBar(),
@@ -1270,14 +1363,14 @@ def test_progress_and_summaries_look_as_ever_and_the_totals_are_true(trainer, ca
 
 
 def test_loggers_and_monitors_see_the_run(trainer, tmp_path):
-    """Behaviour 20. Learning rates are of the optimizer that steps."""
-    logger = CSVLogger(tmp_path)
-    stop = EarlyStopping("val", patience=1, mode="max")
-    run = trainer(
-        LoRACallback(r=4), LearningRateMonitor("epoch"), stop, logger=logger, max_epochs=5, log_every_n_steps=1
-    )
-    run.fit(fresh(), loader(), loader())
-    assert run.current_epoch < 5
-    rows = Path(logger.log_dir, "metrics.csv").read_text()
-    assert "lr-" in rows.splitlines()[0]
-    assert os.path.getsize(best(run)) < 200_000
+    """Behaviour 20. Learning rates are of the optimizer that steps, and a run stopped early ends as any other."""
+    logger, rates = CSVLogger(tmp_path), LearningRateMonitor("epoch")
+    stop, module = EarlyStopping("val", patience=1, mode="max"), fresh()
+    run = trainer(LoRACallback(r=4), rates, stop, logger=logger, max_epochs=5, log_every_n_steps=1)
+    run.fit(module, loader(), loader())
+    assert stop.stopped_epoch == 1
+    assert not adapted_layers(module)
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["lr-PagedAdamW8bit"]) for row in rows if row["lr-PagedAdamW8bit"]] == pytest.approx([1e-2, 7e-3])
+    assert len([row for row in rows if row["val"]]) == 2

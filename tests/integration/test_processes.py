@@ -59,7 +59,20 @@ def test_ddp_trains_what_one_process_trains(seen, one_process, scenario, quantiz
     assert equal(first["state"], second["state"])
 
 
-@pytest.mark.parametrize("scenario", ["ddp_dense", "ddp_nf4", "ddp_nf4_8bit"])
+def test_adapters_fitted_to_their_base_are_the_same_in_all_processes(seen):
+    """One thread for one process, as torchrun gives each: a decomposition rounds by their number, a code then jumps."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        one = workers.train_20_steps(SingleDeviceStrategy(), 1, "nf4", None, "loftq")
+    finally:
+        torch.set_num_threads(threads)
+    first, second = seen("ddp_loftq")
+    assert largest_difference(first["state"], one["state"]) <= 1e-6
+    assert equal(first["state"], second["state"])
+
+
+@pytest.mark.parametrize("scenario", ["ddp_dense", "ddp_nf4", "ddp_nf4_8bit", "ddp_loftq"])
 def test_ddp_exchanges_the_gradients_of_adapters_alone(seen, scenario):
     for result in seen(scenario):
         assert result["reduced"] == [result["gradient_bytes"]] * 20
@@ -130,6 +143,18 @@ class TestShardedByFSDP2:
         assert first["more_steps"] == 40
         assert sum(first["more_losses"]) < sum(first["losses"])
         assert equal(first["more_state"], second["more_state"])
+
+    def test_its_checkpoint_is_refused_by_another_fine_tune(self, seen, kind, quantization):
+        for result in self.results(seen, kind):
+            assert "CheckpointError: this checkpoint belongs to another fine-tune" in result["of another rank"]
+            assert "r is 8 there and 2 here" in result["of another rank"]
+
+
+def test_lightnings_boring_model_runs_in_two_processes_without_a_warning(seen):
+    for result in seen("boring"):
+        assert result["steps"] == {
+            f"{name} {quantization}": 3 for quantization in (None, "nf4") for name in ("lora_ddp", "ddp", "fsdp2")
+        }
 
 
 def test_what_fsdp2_would_let_drift_apart_is_refused(seen):

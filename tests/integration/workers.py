@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
@@ -117,6 +118,10 @@ class ShardedFirst(Sharded):
         self.shard()
 
 
+class ShardedOfLowerRank(Sharded):
+    r = 2
+
+
 class ShardedInPart(Sharded):
     def shard(self):
         from torch.distributed.fsdp import fully_shard
@@ -167,12 +172,14 @@ def lora(quantization: str | None, **settings) -> LoRACallback:
     return LoRACallback(r=8, quantization=quantization, **settings)
 
 
-def train_20_steps(strategy, processes: int, quantization: str | None, optimizer: str | None) -> dict:
+def train_20_steps(
+    strategy, processes: int, quantization: str | None, optimizer: str | None, init: str = "kaiming"
+) -> dict:
     """20 steps over the same global batches, whatever the number of processes."""
     module, watch = Module(), Watch()
     run = trainer(
         watch,
-        lora(quantization, optimizer=optimizer),
+        lora(quantization, optimizer=optimizer, init=init),
         strategy=strategy,
         devices=processes,
         use_distributed_sampler=False,
@@ -188,9 +195,9 @@ def train_20_steps(strategy, processes: int, quantization: str | None, optimizer
     return seen
 
 
-def ddp_of(quantization: str | None, optimizer: str | None):
+def ddp_of(quantization: str | None, optimizer: str | None, init: str = "kaiming"):
     def scenario(_: Path) -> dict:
-        return train_20_steps(DDPStrategy(), 2, quantization, optimizer)
+        return train_20_steps(DDPStrategy(), 2, quantization, optimizer, init)
 
     return scenario
 
@@ -278,7 +285,10 @@ def fsdp_of(kind: type[Sharded]):
             use_distributed_sampler=False,
         )
         more.fit(again, share_loader(RANK, 2), ckpt_path=path)
+        other = LoRACallback(r=2, quantization=None, merge=False, optimizer=None)
+        apart = trainer(other, strategy=sharded_strategy(), devices=2)
         return {
+            "of another rank": refused(lambda: apart.fit(ShardedOfLowerRank(), shuffled_loader(), ckpt_path=path)),
             "state": watch.state,
             "local": local,
             "full": full,
@@ -305,6 +315,59 @@ def fsdp_refusals(_: Path) -> dict:
     }
 
 
+class Wide(BoringModel):
+    """Lightning's own model, wide enough for blocks of 64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 2))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+
+
+class WideSharded(Wide):
+    storage: str | None = None
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        if adapted_layers(self):
+            return
+        inject(self, config=LoRAConfig(r=2))
+        if self.storage is not None:
+            quantize(self, hold="parameters")
+        fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+
+class WideShardedInFourBits(WideSharded):
+    storage = "nf4"
+
+
+def boring(_: Path) -> dict:
+    """Every way of several processes, with warnings as errors but for Lightning's own words on loaders and pytrees."""
+    steps = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+        for quantization in (None, "nf4"):
+            for name, strategy in (
+                ("lora_ddp", LoRADDPStrategy(r=2, alpha=2, quantization=quantization)),
+                ("ddp", DDPStrategy()),
+            ):
+                callbacks = [] if name == "lora_ddp" else [LoRACallback(r=2, alpha=2, quantization=quantization)]
+                run = trainer(*callbacks, strategy=strategy, devices=2, limit_train_batches=3, limit_val_batches=2)
+                run.fit(Wide())
+                steps[f"{name} {quantization}"] = run.global_step
+            kind = WideSharded if quantization is None else WideShardedInFourBits
+            lora = LoRACallback(r=2, quantization=quantization, merge=False, optimizer=None)
+            run = trainer(lora, strategy=sharded_strategy(), devices=2, limit_train_batches=3, limit_val_batches=2)
+            run.fit(kind())
+            steps[f"fsdp2 {quantization}"] = run.global_step
+    return {"steps": steps}
+
+
 def refused(act) -> str:
     try:
         act()
@@ -317,6 +380,7 @@ SCENARIOS = {
     "ddp_dense": ddp_of(None, None),
     "ddp_nf4": ddp_of("nf4", None),
     "ddp_nf4_8bit": ddp_of("nf4", "paged_adamw_8bit"),
+    "ddp_loftq": ddp_of("nf4", None, "loftq"),
     "ddp_by_name": ddp_by_name,
     "ddp_resumed": ddp_resumed,
     "ddp_of_unequal_bases": ddp_of_unequal_bases,
@@ -324,6 +388,7 @@ SCENARIOS = {
     "fsdp_dense": fsdp_of(Sharded),
     "fsdp_nf4": fsdp_of(ShardedInFourBits),
     "fsdp_refusals": fsdp_refusals,
+    "boring": boring,
 }
 
 
@@ -333,6 +398,7 @@ def main() -> None:
     for name in names:
         seed_everything(0, verbose=False)
         torch.save(SCENARIOS[name](Path(folder)), Path(folder) / f"{name}.{RANK}.pt")
+    dist.destroy_process_group()  # else gloo's threads may outlive the interpreter, which aborts the process
 
 
 if __name__ == "__main__":

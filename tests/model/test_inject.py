@@ -82,7 +82,7 @@ def test_adapters_are_switched_disabled_and_deleted_exactly(net, tokens):
 
 
 def test_unknown_adapters_are_named_with_those_there_are(net):
-    with pytest.raises(AdapterError, match="has no adapters; call inject"):
+    with pytest.raises(AdapterError, match="has no adapters, or they are merged; call inject"):
         activate(net, "default")
     inject(net)
     with pytest.raises(AdapterError, match="no adapter 'chat'; this model has: default"):

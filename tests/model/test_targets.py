@@ -140,9 +140,13 @@ def test_layers_whose_function_may_not_be_linear_are_left_alone():
         def forward(self, x):
             return super().forward(x).clamp(0)
 
+    class Watched(nn.MultiheadAttention):
+        def forward(self, *inputs, **settings):
+            return super().forward(*inputs, **settings)
+
     model = nn.ModuleDict(
         {
-            "attention": nn.MultiheadAttention(8, 2),
+            "attention": Watched(8, 2),
             "clamped": Clamped(8, 8),
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
             "plain": nn.Linear(8, 8),

@@ -131,7 +131,13 @@ def test_lora_reaches_the_eckart_young_bound(r):
         ({"alpha": math.nan}, "alpha must be finite and above 0"),
         ({"alpha": math.inf}, "alpha must be finite and above 0"),
         ({"dropout": 1.0}, "dropout must be"),
-        ({"init": "zeros"}, "init must be one of gaussian, kaiming"),
+        (
+            {"init": "zeros"},
+            "init must be one of eva, gaussian, kaiming, loftq, olora, orthogonal, pissa, ",
+        ),
+        ({"init": "pissa_niter_"}, "init must be one of"),
+        ({"init": None}, "init must be one of"),
+        ({"init": "orthogonal", "r": 3}, "needs an even r, got 3; use r=4"),
         ({"scaling": "alpha/r"}, "scaling must be one of rslora, standard"),
     ],
 )
