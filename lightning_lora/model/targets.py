@@ -244,14 +244,24 @@ def _refuse_overlap(pattern: str, found: list[str], trained: tuple[str, ...]) ->
 
 
 def _check_shapes(model: nn.Module, layers: Mapping[str, AdapterConfig]) -> None:
-    for name, config in layers.items():
-        layer = layer_at(model, name)
-        try:
-            kind = layer.kind if isinstance(layer, AdaptedLayer) else kind_of(layer)
-            kind.check(config)
-            config.check(kind)
-        except ValueError as error:
-            raise TargetError(f"{name}: {error}, or exclude={name!r}") from None
+    refused = {name: reason for name, config in layers.items() if (reason := _why_not(layer_at(model, name), config))}
+    if refused:
+        name, reason = next(iter(refused.items()))
+        ending = name.rpartition(".")[2]
+        like = [other for other in layers if matches(other, ending)]
+        alike = len(like) > 1 and all(other in refused for other in like)
+        more = f" ({len(refused)} layers in all)" if len(refused) > 1 else ""
+        raise TargetError(f"{name}: {reason}, or exclude={(ending if alike else name)!r}{more}")
+
+
+def _why_not(layer: nn.Module, config: AdapterConfig) -> str | None:
+    try:
+        kind = layer.kind if isinstance(layer, AdaptedLayer) else kind_of(layer)
+        kind.check(config)
+        config.check(kind)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def refuse_tied(model: nn.Module, layers: Iterable[str]) -> None:

@@ -36,6 +36,13 @@ def mixtral() -> nn.Module:
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(num_local_experts=4, **SMALL))
 
 
+def qwen2() -> nn.Module:
+    """Beside its experts one that all tokens share, with a gate of a single output."""
+    sizes = {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 12}
+    config = transformers.Qwen2MoeConfig(num_experts=4, **sizes, **SMALL)
+    return transformers.Qwen2MoeForCausalLM(config)
+
+
 def qwen3() -> nn.Module:
     config = transformers.Qwen3MoeConfig(num_experts=4, moe_intermediate_size=12, head_dim=8, **SMALL)
     return transformers.Qwen3MoeForCausalLM(config)
@@ -70,7 +77,7 @@ class Mix(nn.Module):
         return torch.einsum("e,eoi,...i->...o", self.gate, self.up, x)
 
 
-MODELS = {"mixtral": mixtral, "qwen3": qwen3, "gpt-oss": gpt_oss, "products": Products}
+MODELS = {"mixtral": mixtral, "qwen2": qwen2, "qwen3": qwen3, "gpt-oss": gpt_oss, "products": Products}
 
 
 @pytest.fixture(params=MODELS)
