@@ -168,8 +168,6 @@ def test_a_mixture_of_transformers_trains_in_nf4_merges_and_loads(build, tmp_pat
 
 
 def test_a_gate_of_one_output_is_named_with_the_pattern_that_leaves_all_of_them_out():
-    with pytest.raises(
-        TargetError, match=r"layers\.0\.mlp\.shared_expert_gate: r=2 is more than the full rank 1"
-    ) as caught:
+    with pytest.raises(TargetError, match=r"0\.mlp\.shared_expert_gate: r=2 is more than the full rank 1") as caught:
         inject(qwen2(), config=LoRAConfig(r=2))
-    assert str(caught.value).endswith("exclude='shared_expert_gate' (1 more such layers)")
+    assert str(caught.value).endswith("exclude='shared_expert_gate' (2 layers in all)")
