@@ -16,13 +16,15 @@ from lightning_lora.io.keys import PREFIX, canonical, leaves, shape_on_disk
 from lightning_lora.io.notes import tell
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.parameters import trained_modules
-from lightning_lora.model.split import layer_at, named_layers
+from lightning_lora.model.split import layer_at, named_layers, part_names
 from lightning_lora.model.targets import Plan
 from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.attention import SplitAttention
 from lightning_lora.nn.conv import ConvKind
 from lightning_lora.nn.kinds import has_kind, kind_of, why_not_adaptable
 from lightning_lora.nn.linear import LinearKind
 from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.split import Split
 
 
 def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
@@ -48,7 +50,9 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
     linear = [path for path, real in live.items() if _is_adaptable(layer_at(model, real))]
     whole = _trained_whole(live, file)
     inside = tuple(f"{module}." for module in whole)
-    candidates = [path for path in linear if not f"{path}.".startswith(inside)]
+    named = file.settings.get("target_modules") or ()  # parameters are in it by their whole names, if they are
+    modules = [path for path in linear if path in named or _is_module(model, live[path])]
+    candidates = [path for path in modules if not f"{path}.".startswith(inside)]
     expected = peft.expected_layers(file.settings, [*candidates, *file.adapters])
     if expected is not None:
         missing, extra = sorted(expected - file.adapters.keys()), sorted(file.adapters.keys() - expected)
@@ -118,6 +122,15 @@ def check_base(model: nn.Module, plan: Plan, file: AdapterFile, folder: Path, *,
             f"{found}. Load the adapter into the base it was trained on (casting it afterwards is fine), or pass "
             "allow_base_mismatch=True"
         )
+
+
+def _is_module(model: nn.Module, path: str) -> bool:
+    """Whether a layer is a module to PEFT too, so that ``target_modules`` can name it, rather than a parameter."""
+    place, _, name = path.rpartition(".")
+    around = model.get_submodule(place)
+    if isinstance(around, Split):
+        return isinstance(around, SplitAttention) and name == "out_proj"
+    return name in around._modules or name not in part_names(around)
 
 
 def _is_adaptable(module: nn.Module) -> bool:

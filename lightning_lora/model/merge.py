@@ -55,7 +55,12 @@ def merged(layer: Host, *, dtype: torch.dtype | None = None) -> nn.Module:
 def _merged_parts(split: Split, dtype: torch.dtype | None) -> nn.Module:
     layers = split.parts()
     layers |= {name: _merged_layer(x, dtype) for name, x in layers.items() if isinstance(x, AdaptedLayer)}
-    return split.joined(layers, dtype=dtype)
+    plain, held = split.joined(layers, dtype=dtype), set(split.parameters())
+    for module in plain.modules():  # what both held would follow the one that is moved, as the adapted one may be
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in held:
+                module.register_parameter(name, nn.Parameter(parameter.detach(), parameter.requires_grad))
+    return plain
 
 
 def _merged_layer(layer: AdaptedLayer, dtype: torch.dtype | None) -> nn.Module:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Protocol, runtime_checkable
@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_lora.errors import TargetError, listing
 from lightning_lora.model.layers import adapted_layers
-from lightning_lora.model.split import layer_at, named_layers, place_of
+from lightning_lora.model.split import layer_at, module_around, named_layers, place_of
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.experts import StackedWeight
@@ -165,6 +165,10 @@ def _matching(
         return good
     if found:
         raise TargetError(f"{what} {pattern!r} matches {listing(found)}, which cannot be adapted: {reason(found[0])}")
+    second = {alias: name for alias, name in _second_names(model, candidates) if matches(alias, pattern)}
+    if second:
+        alias, name = next(iter(second.items()))
+        raise TargetError(f"{what} {pattern!r} matches {alias}, a second name of {name}. Pass {name!r} for both places")
     others = [
         f"{name} ({type(module).__name__})" for name, module in model.named_modules() if name and matches(name, pattern)
     ]
@@ -179,6 +183,14 @@ def _matching(
         f"{what} {pattern!r} matches no {_KIND}. {hint}Such layers here end in: {listing(endings, 12)}. Pass "
         f"one of these, or a glob such as '*.{(close or endings)[0]}'"
     )
+
+
+def _second_names(model: nn.Module, candidates: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Further names of layers inside of modules that stand in several places, with the name they go by."""
+    first = {module: name for name, module in model.named_modules()}
+    for alias, module in model.named_modules(remove_duplicate=False):
+        inside = [name for name in candidates if f"{name}.".startswith(f"{first[module]}.")]
+        yield from ((alias + name[len(first[module]) :], name) for name in inside if alias != first[module])
 
 
 def resolve_train(model: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
@@ -249,35 +261,54 @@ def _refuse_overlap(pattern: str, found: list[str], trained: tuple[str, ...]) ->
 
 
 def _check_shapes(model: nn.Module, layers: Mapping[str, AdapterConfig]) -> None:
-    for name, config in layers.items():
-        layer = layer_at(model, name)
-        try:
-            kind = layer.kind if isinstance(layer, AdaptedLayer) else kind_of(layer)
-            kind.check(config)
-            config.check(kind)
-        except ValueError as error:
-            raise TargetError(f"{name}: {error}, or exclude={name!r}") from None
+    refused = {name: reason for name, config in layers.items() if (reason := _why_not(layer_at(model, name), config))}
+    if refused:
+        name, reason = next(iter(refused.items()))
+        ending = name.rpartition(".")[2]
+        like = [other for other in layers if matches(other, ending)]
+        alike = len(like) > 1 and all(other in refused for other in like)
+        more = f" ({len(refused)} layers in all)" if len(refused) > 1 else ""
+        raise TargetError(f"{name}: {reason}, or exclude={(ending if alike else name)!r}{more}")
+
+
+def _why_not(layer: nn.Module, config: AdapterConfig) -> str | None:
+    try:
+        kind = layer.kind if isinstance(layer, AdaptedLayer) else kind_of(layer)
+        kind.check(config)
+        config.check(kind)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def refuse_tied(model: nn.Module, layers: Iterable[str]) -> None:
     """Refuse to adapt one of two layers that share a weight: quantizing or merging it would untie them.
 
+    One module that stands in several places is one layer, and replaced in all of them.
+
     Raises:
         TargetError: Naming both.
     """
     places = {place_of(model, name): name for name in layers}
-    owners: dict[int, list[tuple[str, str]]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((f"{name}.{key}", name))
+    owners: dict[int, dict[tuple[nn.Module, str], str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            replaced = (module_around(model, name) or module, key)
+            owners.setdefault(id(parameter), {}).setdefault(replaced, f"{name}.{key}")
     for shared in owners.values():
-        around = [place for _, name in shared for place in (name, name.rpartition(".")[0])]
+        around = [place for name in shared.values() for place in _places_around(name)]
         mine = [places[place] for place in around if place in places]
         if len(shared) > 1 and mine:
-            names = listing([name for name, _ in shared])
+            names = listing(shared.values())
             raise TargetError(
                 f"{mine[0]} shares its weight with another layer ({names}): exclude={mine[0]!r}, or untie it first"
             )
+
+
+def _places_around(parameter: str) -> tuple[str, str]:
+    """What may be replaced together with a parameter: the module that holds it, or the one around that."""
+    holder = parameter.rpartition(".")[0]
+    return holder, holder.rpartition(".")[0]
 
 
 def _inventory(model: nn.Module) -> str:

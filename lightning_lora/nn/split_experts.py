@@ -106,8 +106,10 @@ def stacked_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _copied(module: nn.Module) -> nn.Module:
+    """Return a module of its own that holds the same tensors, as do the modules in it."""
     copied = copy.copy(module)  # which shares these dicts
-    copied._parameters, copied._modules = dict(module._parameters), dict(module._modules)
+    copied._parameters, copied._buffers = dict(module._parameters), dict(module._buffers)
+    copied._modules = {name: child if child is None else _copied(child) for name, child in module._modules.items()}
     return copied
 
 

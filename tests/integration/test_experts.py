@@ -2,17 +2,30 @@
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_lora import LoRACallback, load_adapter, load_from_checkpoint, summary
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    TargetError,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    quantize,
+    summary,
+)
 from lightning_lora.model.layers import adapted_layers
+from lightning_lora.quantization.nf4_stack import NF4Stack
 from tests.callbacks.conftest import Module, loader
 from tests.conftest import relative_difference
+from tests.nn.test_experts import mixtral, qwen2, qwen3
 
 transformers = pytest.importorskip("transformers")
 TARGETS = ["all-linear", "experts.*"]
+STACKS = ("gate_up_proj", "down_proj")
+EXCLUDE = {mixtral: (), qwen3: (), qwen2: ("shared_expert_gate",)}
 TOKENS = next(iter(loader()))[0]
 
 
@@ -53,6 +66,8 @@ class Watch(Callback):
         self.state = {key: t.clone() for key, t in pl_module.state_dict().items() if ".adapters." in key}
         self.output = output(pl_module)
         self.account = summary(pl_module)
+        layers = adapted_layers(pl_module).items()
+        self.bases = {path: type(layer.base_layer) for path, layer in layers if "experts" in path}
 
 
 @torch.no_grad()
@@ -116,3 +131,43 @@ def test_a_second_fit_and_a_load_without_a_trainer_take_the_adapters_up(tmp_path
     assert second.state.keys() == first.state.keys()
     assert not adapted_layers(module)
     assert relative_difference(output(module), second.output) <= 1e-5
+
+
+class LanguageModel(LightningModule):
+    """A causal language model of transformers as people wrap it."""
+
+    def __init__(self, build) -> None:
+        seed_everything(0, verbose=False)
+        super().__init__()
+        self.model = build()
+
+    def forward(self, tokens):
+        return self.model(tokens).logits
+
+    def training_step(self, batch, _):
+        return self.model(batch[0], labels=batch[0]).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("build", [mixtral, qwen2, qwen3])
+def test_a_mixture_of_transformers_trains_in_nf4_merges_and_loads(build, tmp_path):
+    module, watch = LanguageModel(build), Watch()
+    keys, base = list(module.state_dict()), output(module)
+    callback = LoRACallback(TARGETS, r=2, exclude=EXCLUDE[build], output_dir=tmp_path)
+    trainer(tmp_path, watch, callback, max_steps=2, max_epochs=1).fit(module, loader())
+    assert watch.bases == {f"model.model.layers.{i}.mlp.experts.{name}": NF4Stack for i in (0, 1) for name in STACKS}
+    moved = [tensor for key, tensor in watch.state.items() if "experts" in key and key.endswith("lora_B")]
+    assert all(tensor.any() for tensor in moved)
+    assert list(module.state_dict()) == keys
+    assert relative_difference(output(module), watch.output) <= 1e-5  # fp32, another order of summation
+    assert relative_difference(output(module), base) > 1e-3
+    loaded = quantize(load_adapter(LanguageModel(build).model, tmp_path))
+    assert torch.equal(loaded.eval()(TOKENS).logits, watch.output)
+
+
+def test_a_gate_of_one_output_is_named_with_the_pattern_that_leaves_all_of_them_out():
+    with pytest.raises(TargetError, match=r"0\.mlp\.shared_expert_gate: r=2 is more than the full rank 1") as caught:
+        inject(qwen2(), config=LoRAConfig(r=2))
+    assert str(caught.value).endswith("exclude='shared_expert_gate' (2 layers in all)")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_lora import AdapterError, LoRAConfig, inject, load_adapter, save_adapter
+from lightning_lora import AdapterError, LoRAConfig, activate, inject, load_adapter, save_adapter
 from lightning_lora.model.layers import adapted_layers
 from tests.conftest import randomize
 from tests.nn.test_experts import MODELS, TARGETS, Products, logits
@@ -79,6 +79,29 @@ def test_we_read_peft_and_compute_the_same(base, modules, tmp_path):
     assert len(adapted_layers(loaded)) == 2 * (2 + len(modules))
     assert not close(loaded, base())
     assert close(loaded, theirs)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["plain", "with an adapter on the experts"])
+@pytest.mark.parametrize("by_peft", [False, True])
+def test_a_linear_layer_called_as_a_stack_is_not_taken_for_it(there, by_peft, tmp_path):
+    """Qwen2-MoE has a ``down_proj`` in its experts and another in the one that all tokens share."""
+
+    def make():
+        torch.manual_seed(0)
+        return MODELS["qwen2"]().eval()
+
+    config = LoRAConfig(r=2, alpha=5)
+    ours = inject(make(), "shared_expert.down_proj", config)
+    if by_peft:
+        theirs = peft.get_peft_model(make(), peft.LoraConfig(r=2, lora_alpha=5, target_modules=["down_proj"]))
+        randomize(theirs, std=0.2).save_pretrained(tmp_path)
+    else:
+        save_adapter(randomize(ours, std=0.2), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["down_proj"]
+    model = inject(make(), TARGETS, config, name="other") if there else make()
+    loaded = activate(load_adapter(model, tmp_path), "default")
+    assert close(loaded, theirs if by_peft else ours)
+    assert not close(loaded, make())
 
 
 A = "base_model.model.mix.lora_A.weight"

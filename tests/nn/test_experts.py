@@ -36,6 +36,13 @@ def mixtral() -> nn.Module:
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(num_local_experts=4, **SMALL))
 
 
+def qwen2() -> nn.Module:
+    """Beside its experts one that all tokens share, with a gate of a single output."""
+    sizes = {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 12}
+    config = transformers.Qwen2MoeConfig(num_experts=4, **sizes, **SMALL)
+    return transformers.Qwen2MoeForCausalLM(config)
+
+
 def qwen3() -> nn.Module:
     config = transformers.Qwen3MoeConfig(num_experts=4, moe_intermediate_size=12, head_dim=8, **SMALL)
     return transformers.Qwen3MoeForCausalLM(config)
@@ -70,7 +77,7 @@ class Mix(nn.Module):
         return torch.einsum("e,eoi,...i->...o", self.gate, self.up, x)
 
 
-MODELS = {"mixtral": mixtral, "qwen3": qwen3, "gpt-oss": gpt_oss, "products": Products}
+MODELS = {"mixtral": mixtral, "qwen2": qwen2, "qwen3": qwen3, "gpt-oss": gpt_oss, "products": Products}
 
 
 @pytest.fixture(params=MODELS)
@@ -272,7 +279,7 @@ def test_other_parameters_of_three_axes_are_no_experts(build):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # between PEFT and transformers
 @pytest.mark.parametrize("build", [mixtral, qwen3, gpt_oss])
-def test_the_same_function_as_pefts_adapter_of_a_parameter(build):
+def test_output_and_gradients_are_those_of_pefts_adapter_of_a_parameter(build):
     torch.manual_seed(0)
     model = build().eval()
     twin, before = copy.deepcopy(model), logits(model)
@@ -286,10 +293,18 @@ def test_the_same_function_as_pefts_adapter_of_a_parameter(build):
             wrappers[f"{base}.{module.parameter_name}"] = module
     layers = adapted_layers(model)
     assert wrappers.keys() == layers.keys()
-    for path, wrapper in wrappers.items():
-        adapter = layers[path].adapter("default")
+    pairs = [(wrapper, layers[path].adapter("default")) for path, wrapper in wrappers.items()]
+    for wrapper, adapter in pairs:
         with torch.no_grad():
             wrapper.lora_A["default"].weight.copy_(adapter.lora_A.flatten(0, 1))
             wrapper.lora_B["default"].weight.copy_(adapter.lora_B.permute(1, 2, 0).flatten(1))
-    assert not torch.allclose(logits(theirs), before, atol=1e-4)
-    assert torch.allclose(logits(theirs), logits(model), atol=1e-5)  # fp32, another order of summation
+    found, expected = logits(model), logits(theirs)
+    assert relative_difference(expected, before) > 1e-3
+    assert relative_difference(found, expected) <= 1e-5  # fp32, another order of summation
+    probe = torch.randn_like(found)
+    for output in (found, expected):
+        (output * probe).sum().backward()
+    for wrapper, adapter in pairs:
+        lora_A, lora_B = adapter.lora_A.grad.flatten(0, 1), adapter.lora_B.grad.permute(1, 2, 0).flatten(1)
+        assert relative_difference(lora_A, wrapper.lora_A["default"].weight.grad) <= 1e-5
+        assert relative_difference(lora_B, wrapper.lora_B["default"].weight.grad) <= 1e-5
