@@ -30,7 +30,7 @@ def dequantize_nf4(packed: Packed, shape: Sequence[int], dtype: torch.dtype) -> 
         RuntimeError: If the sizes do not fit together, or ``dtype`` is none of these.
         UnsupportedError: If bitsandbytes is not installed.
     """
-    weight: Tensor = torch.ops.lightning_lora.dequantize_nf4.default(*packed, shape, dtype)
+    weight: Tensor = _DEQUANTIZE(*packed, shape, dtype)
     return weight
 
 
@@ -80,6 +80,9 @@ _LIBRARY.define(
     "-> Tensor",
     tags=_TAGS,
 )
+
+
+_DEQUANTIZE = torch.ops.lightning_lora.dequantize_nf4.default
 
 
 @torch.library.impl(_LIBRARY, "dequantize_nf4", "CPU")
