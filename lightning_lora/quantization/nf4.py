@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora import dependencies
+from lightning_lora.kernels import few_tokens
 from lightning_lora.kernels.nf4 import dequantize_nf4
 from lightning_lora.kernels.packed import DTYPES, NESTED_BLOCK, Packed
 from lightning_lora.nn.base import QuantizedLinear
@@ -123,14 +124,24 @@ class NF4Linear(QuantizedLinear):
         compute = self.config.compute_dtype or dtype
         bias = None if self.bias is None else self.bias.to(compute)
         with torch.autocast(x.device.type, enabled=False):  # it would override compute_dtype
+            if few_tokens.are_few(x):
+                return few_tokens.gemm_4bit(x.to(compute), self.packed, self._shape, bias).to(dtype)
             y: Tensor = _DequantizedLinear.apply(x.to(compute), bias, self)  # type: ignore[no-untyped-call]
         return y.to(dtype)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight of shape ``(O, I)`` that :meth:`forward` multiplies with when it computes in ``dtype``."""
-        stored = Packed(self.codes, self.absmax, self.nested_absmax, self.offset, self.config.block_size)
         kernel_dtype = dtype if dtype in DTYPES else torch.float32
-        return dequantize_nf4(stored, (self.out_features, self.in_features), kernel_dtype).to(dtype)
+        return dequantize_nf4(self.packed, self._shape, kernel_dtype).to(dtype)
+
+    @property
+    def packed(self) -> Packed:
+        """Codes and constants as the kernels take them."""
+        return Packed(self.codes, self.absmax, self.nested_absmax, self.offset, self.config.block_size)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     @property
     def storage(self) -> str:
