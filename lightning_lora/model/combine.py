@@ -100,7 +100,7 @@ def combine(
             made[layer] = _build(layer, recipe.combined(path, parts, [weights[part] for part in parts]))
     along = {module for part in weights for module in trained_modules(model, part)}
     for layer, adapter in made.items():
-        layer.adapters[name] = adapter
+        layer.put(name, adapter)
     for module in along:
         mark_trained(model.get_submodule(module), name)
     return model

@@ -98,15 +98,16 @@ def apply(
     refuse_tied(model, plan.layers)
     hosts, adapters = {}, {}
     splits: dict[nn.Module, Split] = {}
+    configs: list[AdapterConfig] = []
     for path, config in progress(plan.layers.items(), "starting adapters"):
         layer = _layer(model, path, splits)
         hosts[layer] = host = _host(path, layer)
-        adapters[host] = _build(host, config)
+        adapters[host] = _build(host, _one_of(configs, config))
         if start:
             _start(path, host, adapters[host], device)
     rows = next((layer.rows for layer in adapted_layers(model).values()), None)
     for host, adapter in adapters.items():
-        host.adapters[name] = adapter
+        host.put(name, adapter)
         host.rows = rows  # within disabled() or routed() a new layer computes what the others do
     _split(model, splits)
     if not adapted_layers(model):  # a later adapter leaves trainable what an earlier one trains along
@@ -177,3 +178,14 @@ def _start(path: str, host: AdaptedLayer, adapter: Adapter, device: torch.device
         adapter.start(lambda: host.base_weight().to(device or host.device))
     except ValueError as error:
         raise TargetError(f"{path}: {error}, or exclude={path!r}") from None
+
+
+def _one_of(configs: list[AdapterConfig], config: AdapterConfig) -> AdapterConfig:
+    """Return the config among ``configs`` that equals this one, which becomes one of them if none does.
+
+    torch.compile guards which layers share one object: adapters of equal configs then fit the same graph, wherever
+    their configs came from.
+    """
+    if config not in configs:
+        configs.append(config)
+    return configs[configs.index(config)]
