@@ -10,9 +10,10 @@ BELOW = {
     "errors": set(),
     "version": set(),
     "dependencies": {"errors"},
+    "kernels": {"errors", "dependencies"},
     "nn": {"errors"},
     "model": {"errors", "nn"},
-    "quantization": {"errors", "dependencies", "nn", "model"},
+    "quantization": {"errors", "dependencies", "kernels", "nn", "model"},
     "io": {"errors", "nn", "model"},
     "optim": {"errors", "dependencies", "nn", "model"},
     "callbacks": {"errors", "nn", "model", "quantization", "io", "optim"},
@@ -26,7 +27,7 @@ ONLY_IN = {
     "transformers": {"cli"},
     "matplotlib": {"cli"},
     "rich": {"cli"},
-    "triton": set(),
+    "triton": {"kernels"},
 }
 
 

@@ -18,18 +18,19 @@ from lightning_lora.errors import AdapterError, TargetError, UnsupportedError, l
 from lightning_lora.io.adapter_folder import load_adapter
 from lightning_lora.io.description import describe_configs, describe_starts, differences
 from lightning_lora.io.keys import canonical
-from lightning_lora.model.attention import layer_at
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.merge import is_finite
+from lightning_lora.model.split import layer_at, part_names
 from lightning_lora.model.summary import summary
 from lightning_lora.model.targets import Plan, resolve
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
-from lightning_lora.nn.attention import PROJECTIONS, SplitAttention
+from lightning_lora.nn.attention import PROJECTIONS
 from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
 from lightning_lora.nn.kinds import has_kind
 from lightning_lora.nn.low_rank import LowRankConfig
+from lightning_lora.nn.split import Split
 from lightning_lora.quantization.quantize import check_quantizable, quantize, refuse_unfitted
 
 
@@ -85,10 +86,13 @@ def network(module: LightningModule) -> nn.Module:
     """
     children = [child for child in module.children() if next(child.parameters(), None) is not None]
     own = next(module.parameters(recurse=False), None) is not None
-    replaced = (AdaptedLayer, SplitAttention, nn.MultiheadAttention)
-    layer = bool(children) and (isinstance(children[0], replaced) or has_kind(children[0]))
-    shell = len(children) == 1 and not own and not layer
+    shell = len(children) == 1 and not own and not _is_replaced(children[0])
     return children[0] if shell else module
+
+
+def _is_replaced(child: nn.Module) -> bool:
+    """Whether a module is, or stands in the place of, what adapting replaces as a whole."""
+    return isinstance(child, AdaptedLayer | Split) or has_kind(child) or bool(part_names(child))
 
 
 def _inject(module: LightningModule, settings: Settings, device: torch.device) -> Owners:

@@ -12,13 +12,11 @@ from torch.optim import Optimizer
 from lightning_lora.callbacks.averaging import weights_in
 from lightning_lora.callbacks.finetune import FineTune
 from lightning_lora.errors import CheckpointError, listing
-from lightning_lora.io.description import differences
+from lightning_lora.io.checkpoint_file import seal
+from lightning_lora.io.description import KEY, differences
 from lightning_lora.io.fingerprint import compare
 from lightning_lora.io.keys import canonical
 from lightning_lora.optim.report import class_name
-
-KEY = "lightning_lora"
-"""The checkpoint entry that says what adapter the checkpoint holds."""
 
 
 def reduce_checkpoint(checkpoint: dict[str, Any], finetune: FineTune, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -34,6 +32,7 @@ def reduce_checkpoint(checkpoint: dict[str, Any], finetune: FineTune, optimizers
         "base_fingerprint": finetune.base_fingerprint,
         "optimizers": [class_name(optimizer) for optimizer in optimizers],
     }
+    seal(checkpoint)
 
 
 def complete_checkpoint(checkpoint: dict[str, Any], finetune: FineTune, module: nn.Module) -> None:

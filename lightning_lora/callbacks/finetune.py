@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from lightning_lora.io.description import VERSION, Description, describe
 from lightning_lora.io.fingerprint import Saved, base_fingerprint, to_json
 from lightning_lora.io.keys import canonical
-from lightning_lora.model.attention import Host, hosts
 from lightning_lora.model.checksum import bit_sum
 from lightning_lora.model.layers import adapted_layers, replace
 from lightning_lora.model.merge import check_mergeable, merged
 from lightning_lora.model.parameters import adapter_state_keys, trained_modules, trained_outside_adapters
+from lightning_lora.model.split import Host, hosts
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.base import QuantizedLinear

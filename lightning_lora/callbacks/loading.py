@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_lora.callbacks.checkpoints import KEY, complete_checkpoint
+from lightning_lora.callbacks.checkpoints import complete_checkpoint
 from lightning_lora.callbacks.finetune import FINETUNES, FineTune
 from lightning_lora.callbacks.settings import BASELINES, METHODS
 from lightning_lora.errors import CheckpointError, listing
-from lightning_lora.io.description import CHANCE, Description
+from lightning_lora.io.checkpoint_file import read_checkpoint
+from lightning_lora.io.description import CHANCE, KEY, Description
 from lightning_lora.io.keys import canonical
-from lightning_lora.model.attention import named_layers
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.split import named_layers
 from lightning_lora.model.targets import Plan
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.quantize import quantize
@@ -43,17 +43,15 @@ def load_from_checkpoint(kind: type[Module], path: str | Path, **arguments: Any)
     Raises:
         CheckpointError: If the file is no checkpoint of adapters, or does not fit the module.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if KEY not in checkpoint:
-        raise CheckpointError(
-            f"{path} was not written by LoRACallback; {kind.__name__}.load_from_checkpoint reads it if it holds the "
-            "whole model"
-        )
+    checkpoint = read_checkpoint(Path(path))
     with warnings.catch_warnings():  # the keys it does not find are those of the base, and are checked below
         warnings.filterwarnings("ignore", message="Found keys that are")
         module = kind.load_from_checkpoint(path, map_location="cpu", strict=False, **arguments)
     finetune = _prepared(module, checkpoint)
-    complete_checkpoint(checkpoint, finetune, module)
+    try:
+        complete_checkpoint(checkpoint, finetune, module)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     module.load_state_dict(checkpoint["state_dict"])
     FINETUNES[module] = finetune
     return module.eval()

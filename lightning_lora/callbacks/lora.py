@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 
 from lightning_lora.callbacks.adapting import adapt, network
 from lightning_lora.callbacks.averaging import adapt_early, averagers, check_averagers, check_norms, set_averages_aside
-from lightning_lora.callbacks.checkpoints import KEY, check_optimizers, complete_checkpoint, reduce_checkpoint
+from lightning_lora.callbacks.checkpoints import check_optimizers, complete_checkpoint, reduce_checkpoint
 from lightning_lora.callbacks.compat import check_sharding, check_trainer
-from lightning_lora.callbacks.finetune import FINETUNES
+from lightning_lora.callbacks.finetune import FINETUNES, FineTune
 from lightning_lora.callbacks.gradients import check_gradients, check_loss
 from lightning_lora.callbacks.interruption import keep_interrupted_run
 from lightning_lora.callbacks.processes import require_sharded, spare_quantized_buffers
@@ -43,8 +43,8 @@ from lightning_lora.callbacks.sharded import full_state, load_sharded
 from lightning_lora.callbacks.wraps import Undo, substitute, wrap
 from lightning_lora.errors import OptimizerError, listing
 from lightning_lora.io.adapter_folder import save_adapter
-from lightning_lora.io.description import VERSION
-from lightning_lora.io.merged import save_merged
+from lightning_lora.io.description import KEY, VERSION
+from lightning_lora.io.export import write_model
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.targets import ALL_LINEAR
 from lightning_lora.nn.adapter import AdapterConfig
@@ -91,8 +91,8 @@ class LoRACallback(Callback):
         lr_ratio: The learning rate of every factor ``B`` is this multiple of what its optimizer group has (LoRA+, which
             recommends 16); schedulers go on with both.
         merge: Whether to merge at the end of training.
-        output_dir: Folder for the adapter (in PEFT's format) at the end of training and, with ``merge``, for the merged
-            weights; without adapters for the trained weights.
+        output_dir: Folder for the adapter (in PEFT's format) at the end of training; with ``merge``, its subfolder
+            ``merged`` gets the merged model, and without adapters the trained one.
         adapter: Folder of a saved adapter to start from. Its rank, scaling and targets are used.
         on_save_error: What to do when a checkpoint cannot be written (a full disk): ``"raise"``, or ``"warn"`` and go
             on training; the last good checkpoint stays in either case.
@@ -361,16 +361,22 @@ class LoRACallback(Callback):
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        root, finetune = network(module), FINETUNES[module]
-        folder = self.output_dir if trainer.is_global_zero else None
-        if folder is not None and finetune.layers:
+        finetune, folder = FINETUNES[module], self.output_dir
+        if folder is not None and trainer.is_global_zero:
             with told(folder, self.on_save_error):
-                save_adapter(root, folder)
+                self._write(network(module), finetune, Path(folder))
         if self.merge:
             finetune.merge(module)
-        if folder is not None and (self.merge or not finetune.layers):
-            with told(folder, self.on_save_error):
-                save_merged(root, folder)
+
+    def _write(self, root: nn.Module, finetune: FineTune, folder: Path) -> None:
+        """Write the adapter, and the merged model to a folder of its own.
+
+        transformers loads an adapter that lies beside merged weights on top of them.
+        """
+        if finetune.layers:
+            save_adapter(root, folder)
+        if self.merge or not finetune.layers:
+            write_model(root, folder / "merged")
 
     def _release(self) -> None:
         while self._undo:

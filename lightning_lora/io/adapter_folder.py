@@ -14,6 +14,7 @@ from lightning_lora.io import adapter_file, peft
 from lightning_lora.io.adapter_file import AdapterFile
 from lightning_lora.io.attention import PEFT_VERSION, is_packed, pack_configs, pack_tensors, unpacked
 from lightning_lora.io.description import describe, describe_configs
+from lightning_lora.io.experts import pack_stacks, stack_paths, unpacked_stacks
 from lightning_lora.io.fingerprint import base_fingerprint, to_json
 from lightning_lora.io.fitting import check_base, plan_for, require_same
 from lightning_lora.io.keys import PREFIX, adapter_key, canonical, leaves, shape_on_disk, trained_key
@@ -26,6 +27,7 @@ from lightning_lora.model.parameters import (
     trained_modules,
     trained_outside_adapters,
 )
+from lightning_lora.nn.adapter import Adapter
 from lightning_lora.nn.conv import ConvKind
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.linear import LinearKind
@@ -48,6 +50,7 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
     settings = peft.to_peft(
         pack_configs(model, configs),
         names=_module_names(model),
+        parameters=stack_paths(model),
         train=map(canonical, trained_modules(model, name)),
         transposed=any(isinstance(layer.kind, LinearKind) and layer.kind.transposed for layer in layers.values()),
     )
@@ -80,10 +83,12 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     """
     found: dict[str, Tensor] = {}
     layers = adapter_tensors(model, name)
+    stacks = stack_paths(model)
     for path, tensors in layers.items():
-        if not is_packed(model, path):
+        if not is_packed(model, path) and canonical(path) not in stacks:
             found |= _on_disk(path, adapted_layers(model)[path].kind, tensors)
-    for path, tensors in pack_tensors(model, layers).items():
+    by_name = {canonical(path): tensors for path, tensors in layers.items()}
+    for path, tensors in (pack_tensors(model, by_name) | pack_stacks(model, by_name)).items():
         found |= {adapter_key(path, leaf): tensor for leaf, tensor in tensors.items()}
     whole = trained_modules(model, name)
     held = {id(parameter) for module in whole for parameter in model.get_submodule(module).parameters()}
@@ -125,19 +130,27 @@ def load_adapter(
     folder = Path(path)
     try:
         outline = adapter_file.read(folder)
-        file = unpacked(model, outline)
+        file = unpacked_stacks(model, unpacked(model, outline))
         plan = plan_for(model, file)
         present = any(name in layer.adapters for layer in adapted_layers(model).values())
         if present:
             require_same(model, plan, name)
         check_base(model, plan, file, folder, allow_mismatch=allow_base_mismatch)
-        file = unpacked(model, adapter_file.load(folder, outline))
+        file = unpacked_stacks(model, unpacked(model, adapter_file.load(folder, outline)))
         if not present:
             apply(model, plan, name=name)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
     _fill(model, file, name)
     return model
+
+
+@torch.no_grad()
+def fill(adapter: Adapter, kind: Kind, tensors: Mapping[str, Tensor]) -> None:
+    """Copy an adapter's tensors, by their on-disk names, into it."""
+    names = leaves(kind)
+    for key, parameter in adapter.named_parameters():
+        parameter.copy_(tensors[names[key]].reshape(parameter.shape))
 
 
 def _on_disk(path: str, kind: Kind, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -157,9 +170,7 @@ def _on_disk(path: str, kind: Kind, tensors: Mapping[str, Tensor]) -> dict[str, 
 def _fill(model: nn.Module, file: AdapterFile, name: str) -> None:
     for path, layer in adapted_layers(model).items():
         if name in layer.adapters:
-            tensors, names = file.adapters[canonical(path)], leaves(layer.kind)
-            for key, parameter in layer.adapter(name).named_parameters():
-                parameter.copy_(tensors[names[key]].reshape(parameter.shape))
+            fill(layer.adapter(name), layer.kind, file.adapters[canonical(path)])
     state = {canonical(key): tensor for key, tensor in model.state_dict().items()}
     for key, tensor in file.others.items():
         state[key.removeprefix(PREFIX)].copy_(tensor)
@@ -169,4 +180,5 @@ def _module_names(model: nn.Module) -> Iterable[str]:
     """Names of the model's modules as they are without adapters."""
     inside = tuple(f"{path}." for path in adapted_layers(model))
     own = [path for path, _ in model.named_modules() if path and not (inside and path.startswith(inside))]
-    return [canonical(path) for path in own if not is_packed(model, path) or path.endswith(".out_proj")]
+    whole = [canonical(path) for path in own if not is_packed(model, path) or path.endswith(".out_proj")]
+    return {path.replace(".base_module", "") for path in whole} - set(stack_paths(model))

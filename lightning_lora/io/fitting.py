@@ -14,15 +14,17 @@ from lightning_lora.io.description import describe, describe_configs, difference
 from lightning_lora.io.fingerprint import compare
 from lightning_lora.io.keys import PREFIX, canonical, leaves, shape_on_disk
 from lightning_lora.io.notes import tell
-from lightning_lora.model.attention import layer_at, named_layers
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.parameters import trained_modules
+from lightning_lora.model.split import layer_at, named_layers, part_names
 from lightning_lora.model.targets import Plan
 from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.attention import SplitAttention
 from lightning_lora.nn.conv import ConvKind
 from lightning_lora.nn.kinds import has_kind, kind_of, why_not_adaptable
 from lightning_lora.nn.linear import LinearKind
 from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.split import Split
 
 
 def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
@@ -48,7 +50,9 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
     linear = [path for path, real in live.items() if _is_adaptable(layer_at(model, real))]
     whole = _trained_whole(live, file)
     inside = tuple(f"{module}." for module in whole)
-    candidates = [path for path in linear if not f"{path}.".startswith(inside)]
+    named = file.settings.get("target_modules") or ()  # parameters are in it by their whole names, if they are
+    modules = [path for path in linear if path in named or _is_module(model, live[path])]
+    candidates = [path for path in modules if not f"{path}.".startswith(inside)]
     expected = peft.expected_layers(file.settings, [*candidates, *file.adapters])
     if expected is not None:
         missing, extra = sorted(expected - file.adapters.keys()), sorted(file.adapters.keys() - expected)
@@ -56,6 +60,22 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
             raise AdapterError(f"{CONFIG} names layers that {WEIGHTS} has no tensors for: {listing(missing)}")
         if extra:
             raise AdapterError(f"{WEIGHTS} holds layers that {CONFIG} does not name: {listing(extra)}")
+    configs = configs_of(file)
+    _check_shapes(model, live, configs, file)
+    if file.settings.get("fan_in_fan_out") and not any(_is_transposed(layer_at(model, live[p])) for p in configs):
+        raise AdapterError(f"{CONFIG}: it uses fan_in_fan_out=True, and no layer of this model is transposed so")
+    _check_trained(model, whole, file)
+    train = tuple(live[module] for module in whole)
+    order = {path: index for index, path in enumerate(live)}
+    return Plan(layers={live[path]: configs[path] for path in sorted(configs, key=order.__getitem__)}, train=train)
+
+
+def configs_of(file: AdapterFile) -> dict[str, LoRAConfig]:
+    """Return the config of each layer of a file.
+
+    Raises:
+        AdapterError: If a setting is broken, or is not what the header of the weights says it was.
+    """
     configs = peft.from_peft(file.settings, file.adapters)
     if file.metadata is not None:
         dropout = float(file.settings.get("lora_dropout") or 0.0)
@@ -65,13 +85,7 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
                 f"{CONFIG} and the header of {WEIGHTS} disagree, one was changed or they are of two saves: "
                 f"{'; '.join(apart)}"
             )
-    _check_shapes(model, live, configs, file)
-    if file.settings.get("fan_in_fan_out") and not any(_is_transposed(layer_at(model, live[p])) for p in configs):
-        raise AdapterError(f"{CONFIG}: it uses fan_in_fan_out=True, and no layer of this model is transposed so")
-    _check_trained(model, whole, file)
-    train = tuple(live[module] for module in whole)
-    order = {path: index for index, path in enumerate(live)}
-    return Plan(layers={live[path]: configs[path] for path in sorted(configs, key=order.__getitem__)}, train=train)
+    return configs
 
 
 def require_same(model: nn.Module, plan: Plan, name: str) -> None:
@@ -108,6 +122,15 @@ def check_base(model: nn.Module, plan: Plan, file: AdapterFile, folder: Path, *,
             f"{found}. Load the adapter into the base it was trained on (casting it afterwards is fine), or pass "
             "allow_base_mismatch=True"
         )
+
+
+def _is_module(model: nn.Module, path: str) -> bool:
+    """Whether a layer is a module to PEFT too, so that ``target_modules`` can name it, rather than a parameter."""
+    place, _, name = path.rpartition(".")
+    around = model.get_submodule(place)
+    if isinstance(around, Split):
+        return isinstance(around, SplitAttention) and name == "out_proj"
+    return name in around._modules or name not in part_names(around)
 
 
 def _is_adaptable(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning_lora.nn.conv import ConvKind
+from lightning_lora.nn.experts import ExpertsKind
 from lightning_lora.nn.kind import Kind
 
 PREFIX = "base_model.model."
@@ -13,6 +14,7 @@ _WEIGHTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 _LEAVES: Mapping[str, Mapping[str, str]] = {
     "linear": _WEIGHTS,
     "conv": _WEIGHTS,
+    "experts": _WEIGHTS,
     "embedding": {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
 }
 
@@ -46,7 +48,9 @@ def split_adapter_key(key: str) -> tuple[str, str] | None:
 
 
 def shape_on_disk(kind: Kind, tensor: str, r: int) -> tuple[int, ...]:
-    """Shape of ``lora_A`` or ``lora_B`` of rank ``r`` in a file: a matrix, or the kernels of a convolution."""
+    """Shape of ``lora_A`` or ``lora_B`` of rank ``r`` in a file: a matrix, the kernels of a convolution, or a stack."""
+    if isinstance(kind, ExpertsKind):  # as io.experts has unpacked it
+        return (kind.experts, r, kind.in_features) if tensor == "lora_A" else (kind.experts, kind.out_features, r)
     if isinstance(kind, ConvKind):
         return (r, *kind.kernel) if tensor == "lora_A" else (kind.out_features, r, *(1,) * kind.axes)
     return (r, kind.in_features) if tensor == "lora_A" else (kind.out_features, r)

@@ -32,7 +32,6 @@ _MUST_BE_OFF = (
     "layer_replication",
     "lora_bias",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_dora",
@@ -42,13 +41,19 @@ _MUST_BE_OFF = (
 
 
 def to_peft(
-    configs: Mapping[str, AdapterConfig], *, names: Iterable[str], train: Iterable[str] = (), transposed: bool = False
+    configs: Mapping[str, AdapterConfig],
+    *,
+    names: Iterable[str],
+    parameters: Iterable[str] = (),
+    train: Iterable[str] = (),
+    transposed: bool = False,
 ) -> dict[str, Any]:
     """Return PEFT's config for adapters by layer.
 
     Args:
         configs: Config of each adapted layer, by its name.
         names: Names of every module of the model, which decide how briefly the targets can be named.
+        parameters: Names of parameters that may be among the layers.
         train: Modules trained whole.
         transposed: Whether a layer stores its weight transposed, as Hugging Face's ``Conv1D``.
 
@@ -66,6 +71,8 @@ def to_peft(
     rank = _most_common(config.r for config in loras.values())
     alpha = _most_common(float(config.alpha) for config in loras.values())
     first = next(iter(loras.values()))
+    stacks = sorted(loras.keys() & set(parameters))
+    named = {"target_parameters": stacks} if stacks else {}
     return {
         **_DEFAULTS,
         "r": rank,
@@ -73,7 +80,8 @@ def to_peft(
         "lora_dropout": float(first.dropout),
         "fan_in_fan_out": transposed,
         "use_rslora": first.scaling == "rslora",
-        "target_modules": _target_modules(sorted(loras), names),
+        **named,
+        "target_modules": _target_modules(sorted(loras.keys() - set(stacks)), names),
         "modules_to_save": sorted(train) or None,
         "rank_pattern": {exactly(path): config.r for path, config in sorted(loras.items()) if config.r != rank},
         "alpha_pattern": {
@@ -88,9 +96,9 @@ def check_supported(settings: Mapping[str, Any]) -> None:
     """Raise ``AdapterError`` if a setting is missing, or changes the function in a way not supported."""
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"peft_type is {kind!r}, expected 'LORA'")
-    on = [f"{key}={settings[key]!r}" for key in _MUST_BE_OFF if settings.get(key)]
-    on += [f"bias={settings['bias']!r}"] if settings.get("bias", "none") != "none" else []
+        raise AdapterError(f"peft_type is {kind!r:.80}, expected 'LORA'")
+    on = [f"{key}={settings[key]!r:.80}" for key in _MUST_BE_OFF if settings.get(key)]
+    on += [f"bias={settings['bias']!r:.80}"] if settings.get("bias", "none") != "none" else []
     if on:
         raise AdapterError(f"it uses {listing(on)}, which cannot be loaded yet")
     missing = [key for key in ("r", "lora_alpha") if key not in settings]
@@ -98,7 +106,7 @@ def check_supported(settings: Mapping[str, Any]) -> None:
         raise AdapterError(f"{listing(missing)} is missing; without it the adapter would be scaled wrongly")
     whole = settings.get("modules_to_save") or []
     if not isinstance(whole, list) or not all(isinstance(name, str) and name for name in whole):
-        raise AdapterError(f"modules_to_save is {whole!r}, expected a list of names")
+        raise AdapterError(f"modules_to_save is {whole!r:.80}, expected a list of names")
 
 
 def from_peft(settings: Mapping[str, Any], layers: Iterable[str]) -> dict[str, LoRAConfig]:
@@ -124,7 +132,7 @@ def from_peft(settings: Mapping[str, Any], layers: Iterable[str]) -> dict[str, L
             for path in layers
         }
     except (TypeError, ValueError) as error:
-        raise AdapterError(str(error)) from None
+        raise AdapterError(f"{error!s:.300}") from None
 
 
 def expected_layers(settings: Mapping[str, Any], linear: Iterable[str]) -> set[str] | None:
@@ -190,12 +198,12 @@ def _patterns(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Pattern keys as plain names. Expressions from a file are never run: a crafted one can hang the reader."""
     patterns = settings.get(key) or {}
     if not isinstance(patterns, dict):
-        raise AdapterError(f"{key} is {patterns!r}, expected an object")
+        raise AdapterError(f"{key} is {patterns!r:.80}, expected an object")
     plain = {}
     for pattern, value in patterns.items():
         name = pattern.replace("\\", "")
         if re.fullmatch(r"\^?[\w.\-]+", name) is None:
-            raise AdapterError(f"{key} has the expression {pattern!r}; only names of layers can be read")
+            raise AdapterError(f"{key} has the expression {pattern!r:.80}; only names of layers can be read")
         plain[name] = value
     return plain
 

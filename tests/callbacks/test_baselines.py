@@ -136,8 +136,8 @@ def test_the_optimizer_holds_what_is_trained_and_is_swapped_like_loras(trainer, 
 def test_the_trained_weights_are_written_where_the_merged_ones_would_be(trainer, tmp_path, method):
     module = fresh()
     trainer(LoRACallback(method=method, train="head", output_dir=tmp_path / "out", merge=False)).fit(module, loader())
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
-    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["merged", "model.safetensors"]
+    written = load_file(tmp_path / "out" / "merged" / "model.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in module.net.state_dict().items())
 
 

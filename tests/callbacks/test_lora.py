@@ -296,7 +296,7 @@ def test_output_dir_gets_the_adapter_and_the_merged_weights(module, trainer, tmp
         assert torch.allclose(loaded(TOKENS), expected, atol=1e-5)
     from safetensors.torch import load_file
 
-    untouched.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
+    untouched.load_state_dict(load_file(tmp_path / "out" / "merged" / "model.safetensors"), strict=True)
     with torch.no_grad():
         assert torch.equal(untouched.eval()(TOKENS), expected)
 

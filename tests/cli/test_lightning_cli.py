@@ -371,4 +371,4 @@ def test_the_qlora_recipe_learns_a_text_of_the_users(monkeypatch, tmp_path):
     held_out = [float(row[head.index("val_bits_per_byte")]) for row in rows if row[head.index("val_bits_per_byte")]]
     assert held_out[-1] < held_out[0]
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 8
-    assert not any("adapters" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    assert not any("adapters" in name for name in load_file(tmp_path / "out" / "merged" / "model.safetensors"))
