@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from lightning_lora import DoRAConfig, LoRAConfig, inject, quantize
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
-R, STEPS, BATCH, PRETRAINING_RATE = 7, 300, 32, 3e-3
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+R, STEPS, BATCH, PRETRAINING_RATE = 7, 600, 32, 3e-3
+RATES = (2e-3, 5e-3, 1e-2, 2e-2)
 LAYERS = ["0", "2", "4"]
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "full": lambda model: model,
@@ -144,7 +144,8 @@ def tabulate(tasks: list[Task]) -> Report:
         claims=claims,
         note=f"Mean ± standard deviation over the seeds. Rank {R} on all three layers, the output layer too, alpha "
         f"{2 * R}; {STEPS} steps of {BATCH}, AdamW. Learning rates: the best for each method of "
-        f"{', '.join(f'{rate:g}' for rate in RATES)} on 200 turned digits that are not counted.",
+        f"{', '.join(f'{rate:g}' for rate in RATES)} on 200 turned digits that are not counted. With half the steps "
+        "and the rates 0.001, 0.003, 0.01, 0.03 all are within 3% of full fine-tuning but DoRA, which is 6% short.",
     )
 
 
