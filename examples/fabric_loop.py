@@ -19,7 +19,7 @@ import torch
 from lightning.fabric import Fabric, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lightning_lora import LoRAConfig, inject, load_adapter, merge, param_groups, quantize, save_adapter, summary
 from lightning_lora.cli.demo import corpus
@@ -63,7 +63,8 @@ def main() -> None:
     text = corpus.english()
     windows, held_out = corpus.windows(text.train, CONTEXT), corpus.windows(text.held_out, CONTEXT, limit=100)
     held_out = held_out.to(fabric.device)
-    batches = DataLoader(TensorDataset(windows), 16, shuffle=True, drop_last=True)
+    draws = RandomSampler(windows, replacement=True, num_samples=16 * steps)  # one pass is the whole run
+    batches = DataLoader(TensorDataset(windows), 16, sampler=draws)
 
     network = load_base().to(fabric.device)
     fabric.print(f"base: {bits_per_byte(network, held_out):.3f} bits per byte of held-out English")
@@ -74,7 +75,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(param_groups(network, lr=args.lr, lr_ratio=4))
     model, optimizer = fabric.setup(network, optimizer)
     batches = fabric.setup_dataloaders(batches)
-    for step, (window,) in zip(range(1, steps + 1), batches, strict=False):
+    for step, (window,) in enumerate(batches, 1):
         optimizer.zero_grad()
         loss = nats(model, window)
         fabric.backward(loss)
