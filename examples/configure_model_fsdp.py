@@ -93,7 +93,9 @@ def main() -> None:
     seed_everything(args.seed)
     text = corpus.english()
     train = DataLoader(TensorDataset(corpus.windows(text.train, CONTEXT)), 8, shuffle=True, drop_last=True)
-    held_out = DataLoader(TensorDataset(corpus.windows(text.held_out, CONTEXT, limit=80)), 20)
+    held_out = DataLoader(
+        TensorDataset(corpus.windows(text.held_out, CONTEXT, limit=20 if args.fast_dev_run else 80)), 20
+    )
     strategy = ModelParallelStrategy(
         data_parallel_size=args.processes,
         tensor_parallel_size=1,

@@ -61,7 +61,10 @@ def main() -> None:
     fabric = Fabric(accelerator="auto", devices=1, precision=args.precision)
     fabric.launch()
     text = corpus.english()
-    windows, held_out = corpus.windows(text.train, CONTEXT), corpus.windows(text.held_out, CONTEXT, limit=100)
+    windows, held_out = (
+        corpus.windows(text.train, CONTEXT),
+        corpus.windows(text.held_out, CONTEXT, limit=20 if args.fast_dev_run else 100),
+    )
     held_out = held_out.to(fabric.device)
     draws = RandomSampler(windows, replacement=True, num_samples=16 * steps)  # one pass is the whole run
     batches = DataLoader(TensorDataset(windows), 16, sampler=draws)
