@@ -1,4 +1,4 @@
-"""What ``AdapterMonitor`` looks at: a class for each thing, told what happens in a run and asked for values at times."""
+"""What ``AdapterMonitor`` looks at: a class for each thing, told what happens in a run and asked for values."""
 
 from __future__ import annotations
 

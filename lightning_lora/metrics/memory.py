@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -26,17 +27,23 @@ def peak_memory(device: torch.device) -> int | None:
     """Return the most memory used so far, in bytes.
 
     On a CUDA device ``torch.cuda.max_memory_allocated``: tensors of this process on that device, since it started or
-    somebody reset the count. Elsewhere the high-water mark of the process's resident memory (``ru_maxrss``), since it
-    started. None on Windows, which has no such mark.
+    somebody reset the count. Elsewhere the high-water mark of the process's resident memory since it started
+    (``VmHWM`` on Linux, ``ru_maxrss`` on other Unix systems). None on Windows, where neither is.
     """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak()
+
+
+def _resident_peak() -> int | None:
+    try:  # Linux hands ru_maxrss on from the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        pass
     try:
         import resource
     except ImportError:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory_name(device: torch.device) -> str:
