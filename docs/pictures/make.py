@@ -44,7 +44,7 @@ def main() -> None:
         plot(options.out / "spectra", "spectra", small, large)
         plot(options.out / "similarity", "similarity", small, large)
         plot(options.out / "memory", "memory", small, large, dense)
-        plot(options.out / "norms", "norms", f"{small}/logs", f"{large}/logs")
+        plot(options.out / "norms", "norms", small, large)
 
 
 def train(out: Path, steps: int, **settings: object) -> Path:

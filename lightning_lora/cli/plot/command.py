@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lightning_lora.cli import console
 from lightning_lora.cli.plot import curves, memory, norms, similarity, spectra
 from lightning_lora.cli.plot.adapters import read_adapter
-from lightning_lora.cli.plot.runs import Run, labels, read_run
+from lightning_lora.cli.plot.runs import CSV, Run, labels, read_run
 from lightning_lora.cli.plot.style import SUFFIXES, save, styled
 from lightning_lora.errors import LoRAError, listing
 from lightning_lora.io.adapter_file import CONFIG
@@ -68,7 +68,7 @@ def _memory(options: Namespace) -> Figure:
 
 
 def _norms(options: Namespace) -> Figure:
-    if all(_is_adapter(path) for path in options.paths):
+    if all(_is_adapter(path) and not _has_logs(path) for path in options.paths):
         return norms.draw(norms.of_adapters(_adapters(options)), norms.OF_ADAPTERS)
     found = norms.of_runs(_runs(options))
     return norms.draw({label: _chosen(layers, options.layers) for label, layers in found.items()}, norms.OF_RUNS)
@@ -92,6 +92,10 @@ def _most_likely(paths: list[Path]) -> str:
 
 def _is_adapter(path: Path) -> bool:
     return path.suffix == ".ckpt" or (path / CONFIG).is_file()
+
+
+def _has_logs(path: Path) -> bool:
+    return path.is_dir() and any(path.rglob(CSV))
 
 
 def _runs(options: Namespace) -> dict[str, Run]:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Norms = dict[str, dict[str, float]]
 """By run or adapter, and then by layer."""
 
-OF_RUNS = "$\\|\\Delta W\\|_F \\,/\\, \\|W\\|_F$ at the end"
-OF_ADAPTERS = "$\\|\\Delta W\\|_F$"
+OF_RUNS = "‖ΔW‖ / ‖W‖ at the end (Frobenius norms)"
+OF_ADAPTERS = "‖ΔW‖ (Frobenius norm)"
 
 
 def of_runs(runs: Mapping[str, Run]) -> Norms:

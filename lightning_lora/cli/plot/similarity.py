@@ -70,17 +70,17 @@ def data(adapters: Mapping[str, Mapping[str, Factors]]) -> Similarity:
 def draw(similarity: Similarity) -> Figure:
     """Draw ``φ(i, j)`` of input and of output directions on one scale from 0 to 1."""
     made = figure(3.4)
-    titles = ("input directions: rows of $A$", "output directions: columns of $B$")
+    titles = ("input directions: rows of A", "output directions: columns of B")
     grid = made.subplots(1, 2)
     for axes, title, phi in zip(grid, titles, (similarity.inputs, similarity.outputs), strict=True):
         rows, columns = phi.shape
         extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
         image = axes.imshow(phi.numpy(), cmap=COLORMAP, vmin=0, vmax=1, extent=extent, aspect="auto")
-        axes.set(title=title, xlabel=f"$j$: first directions of {similarity.labels[1]}", xticks=_ticks(columns))
-        axes.set(ylabel=f"$i$: first directions of {similarity.labels[0]}", yticks=_ticks(rows))
+        axes.set(title=title, xlabel=f"j: first directions of {similarity.labels[1]}", xticks=_ticks(columns))
+        axes.set(ylabel=f"i: first directions of {similarity.labels[0]}", yticks=_ticks(rows))
     count = len(similarity.layers)
     what = f"on {similarity.layers[0]}" if count == 1 else f"mean of {count} layers"
-    made.colorbar(image, ax=list(grid), label=f"$\\varphi(i, j)$, {what}", aspect=30)
+    made.colorbar(image, ax=list(grid), label=f"φ(i, j), {what}", aspect=30)
     return made
 
 

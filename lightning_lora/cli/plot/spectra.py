@@ -60,6 +60,7 @@ def data(adapters: Mapping[str, Mapping[str, Factors]]) -> Spectra:
 def draw(spectra: Spectra) -> Figure:
     """Draw a heat map for each adapter, on one scale, and the effective ranks beside them."""
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     height = row_height(len(spectra.layers))
     made = figure(height + 1.0)
@@ -70,16 +71,16 @@ def draw(spectra: Spectra) -> Figure:
     scale = LogNorm(max(seen.min().item() if len(seen) else 0.1, 1e-3 * top), top)
     for axes, (label, values) in zip(grid, spectra.values.items(), strict=False):
         image = axes.imshow(values.clamp(min=scale.vmin).numpy(), aspect="auto", cmap=COLORMAP, norm=scale)
-        ticks = sorted({0, values.shape[1] // 2, values.shape[1] - 1})
-        axes.set(title=label, xlabel="$i$", xticks=ticks, xticklabels=[tick + 1 for tick in ticks])
+        axes.set(title=label, xlabel="i")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(lambda index, _: f"{index + 1:.0f}")
     for (label, ranks), look in zip(spectra.ranks.items(), LINES, strict=False):
         grid[-1].plot(ranks.numpy(), range(len(spectra.layers)), **{**look, "linestyle": "none"}, label=label)
     grid[-1].set(xlabel="effective rank", xlim=(0, None))
+    grid[-1].xaxis.set_major_locator(MaxNLocator(4, integer=True))
     grid[-1].grid(axis="x")
     if count > 1:
-        grid[-1].legend(loc="lower left", bbox_to_anchor=(0, 1))
+        grid[-1].legend(loc="lower left", bbox_to_anchor=(0, 1), handlelength=1)
     label_rows(grid[0], spectra.layers, height)
-    made.colorbar(
-        image, ax=list(grid[:-1]), label="singular value $\\sigma_i$ of $\\Delta W$", location="bottom", aspect=40
-    )
+    made.colorbar(image, ax=list(grid[:-1]), label="singular value σᵢ of ΔW", location="bottom", aspect=40)
     return made

@@ -30,11 +30,11 @@ LINES: tuple[dict[str, Any], ...] = (
 """How the first series are drawn, the second, and so on; more than these are not told apart."""
 PARTS: dict[str, dict[str, Any]] = {
     "base": {"color": "#1f3f66", "hatch": ""},
-    "adapters": {"color": "#d69e2e", "hatch": "///"},
-    "trained along": {"color": "#8fb3d9", "hatch": "\\\\\\"},
-    "gradients": {"color": "#f2f2f2", "hatch": "..."},
-    "optimizer": {"color": "#b5482f", "hatch": "xxx"},
-    "activations": {"color": "#c9d8c5", "hatch": "++"},
+    "adapters": {"color": "#d69e2e", "hatch": "//"},
+    "trained along": {"color": "#8fb3d9", "hatch": "\\\\"},
+    "gradients": {"color": "#f2f2f2", "hatch": ".."},
+    "optimizer": {"color": "#b5482f", "hatch": "xx"},
+    "activations": {"color": "#dde6da", "hatch": ""},
 }
 """What bars are made of, and how each part is filled."""
 COLORMAP = "cividis"
@@ -47,6 +47,7 @@ _SETTINGS: Any = {
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
     "legend.frameon": False,
+    "legend.handlelength": 3.2,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
@@ -90,7 +91,7 @@ def save(made: Figure, out: Path) -> list[Path]:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
-        made.savefig(path, dpi=160, metadata=metadata)
+        made.savefig(path, dpi=130, metadata=metadata)
     return paths
 
 
