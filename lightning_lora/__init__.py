@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lora.callbacks.loading import load_from_checkpoint
 from lightning_lora.callbacks.lora import LoRACallback
+from lightning_lora.callbacks.monitor import AdapterMonitor
 from lightning_lora.errors import (
     AdapterError,
     CheckpointError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterError",
+    "AdapterMonitor",
     "CheckpointError",
     "DoRAConfig",
     "GradientError",

@@ -11,6 +11,7 @@ import lightning_lora
 
 NAMES = {
     "AdapterError",
+    "AdapterMonitor",
     "CheckpointError",
     "DoRAConfig",
     "GradientError",

@@ -127,6 +127,11 @@ class LoRA(Adapter):
         # Added in place: a merge of a large layer holds the weight and the update, and no third of their size.
         return self.kind.from_matrix(delta(lora_A, lora_B, self.config.scale, weight.dtype)).add_(weight)
 
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``A`` and ``s B``, or those of the change ``s (B A - B0 A0)`` where there is a start."""
+        lora_A, lora_B = self._factors(whole=False)
+        return lora_A, self.config.scale * lora_B
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw one factor and zero the other, or go back to where the factors started in the weight."""

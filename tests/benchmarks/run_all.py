@@ -26,6 +26,7 @@ SCRIPTS = (
     "injection.py",
     "quantization_memory.py",
     "callback_overhead.py",
+    "monitor_overhead.py",
     "routing.py",
 )
 INTRODUCTION = """# Benchmarks on a CPU
