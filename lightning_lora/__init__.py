@@ -16,6 +16,7 @@ from lightning_lora.errors import (
     UnsupportedError,
 )
 from lightning_lora.io.adapter_folder import adapter_state_dict, load_adapter, save_adapter
+from lightning_lora.io.export import export_merged
 from lightning_lora.model.active import activate, delete_adapter, disabled
 from lightning_lora.model.combine import combine
 from lightning_lora.model.eva import initialize_eva
@@ -64,6 +65,7 @@ __all__ = [
     "combine",
     "delete_adapter",
     "disabled",
+    "export_merged",
     "initialize_eva",
     "inject",
     "load_adapter",

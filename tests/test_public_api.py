@@ -35,6 +35,7 @@ NAMES = {
     "combine",
     "delete_adapter",
     "disabled",
+    "export_merged",
     "initialize_eva",
     "inject",
     "load_adapter",

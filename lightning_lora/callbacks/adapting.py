@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_lora.callbacks.baselines import prepare
 from lightning_lora.callbacks.finetune import FINETUNES, FineTune, Owners
 from lightning_lora.callbacks.processes import is_sharded, require_equal_bases
 from lightning_lora.callbacks.settings import Settings
@@ -36,6 +37,8 @@ from lightning_lora.quantization.quantize import check_quantizable, quantize, re
 def adapt(module: LightningModule, settings: Settings, *, device: torch.device, training: bool) -> FineTune:
     """Adapt ``module``, or take it up where an earlier run left it; nothing is injected or quantized twice.
 
+    A method without adapters has its parameters frozen and trained as it says instead.
+
     Args:
         module: A module that stands: its layers are built and hold their weights.
         settings: What it is to be.
@@ -43,12 +46,19 @@ def adapt(module: LightningModule, settings: Settings, *, device: torch.device, 
         training: Whether it is going to be trained, and merged layers have to become adapted ones again.
 
     Raises:
-        AdapterError: If it holds adapters that are not what the settings say.
+        AdapterError: If it holds adapters, or was trained before, in another way than the settings say.
         TargetError: If the settings do not fit it.
         QuantizationError: If its base cannot be quantized, or differs between processes.
         UnsupportedError: If its weights are sharded already.
     """
+    if not settings.has_adapters:
+        return prepare(module, settings)
     finetune = FINETUNES.get(module)
+    if finetune is not None and not finetune.layers:
+        raise AdapterError(
+            f"the module was trained before with method={finetune.description['method']!r}. To put adapters on the "
+            "trained weights, fit copy.deepcopy(module)"
+        )
     if finetune is not None and finetune.is_merged_in(module):
         _require_same(module, settings, finetune, device)
         if training:
@@ -57,11 +67,11 @@ def adapt(module: LightningModule, settings: Settings, *, device: torch.device, 
         return finetune
     if adapted_layers(module):
         if finetune is None or finetune.is_merged:
-            finetune = FineTune(module)
+            finetune = FineTune.of_adapters(module)
         _require_same(module, settings, finetune, device)
     else:
         owners = _inject(module, settings, device)
-        finetune = FineTune(module, owners, adapter=settings.adapter)
+        finetune = FineTune.of_adapters(module, owners, adapter=settings.adapter)
     if finetune is not FINETUNES.get(module):
         FINETUNES[module] = finetune
         _report(module)

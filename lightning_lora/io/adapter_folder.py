@@ -27,6 +27,7 @@ from lightning_lora.model.parameters import (
     trained_modules,
     trained_outside_adapters,
 )
+from lightning_lora.nn.adapter import Adapter
 from lightning_lora.nn.conv import ConvKind
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.linear import LinearKind
@@ -144,6 +145,14 @@ def load_adapter(
     return model
 
 
+@torch.no_grad()
+def fill(adapter: Adapter, kind: Kind, tensors: Mapping[str, Tensor]) -> None:
+    """Copy an adapter's tensors, by their on-disk names, into it."""
+    names = leaves(kind)
+    for key, parameter in adapter.named_parameters():
+        parameter.copy_(tensors[names[key]].reshape(parameter.shape))
+
+
 def _on_disk(path: str, kind: Kind, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(kind, ConvKind) and kind.groups > 1:
         raise AdapterError(
@@ -161,9 +170,7 @@ def _on_disk(path: str, kind: Kind, tensors: Mapping[str, Tensor]) -> dict[str, 
 def _fill(model: nn.Module, file: AdapterFile, name: str) -> None:
     for path, layer in adapted_layers(model).items():
         if name in layer.adapters:
-            tensors, names = file.adapters[canonical(path)], leaves(layer.kind)
-            for key, parameter in layer.adapter(name).named_parameters():
-                parameter.copy_(tensors[names[key]].reshape(parameter.shape))
+            fill(layer.adapter(name), layer.kind, file.adapters[canonical(path)])
     state = {canonical(key): tensor for key, tensor in model.state_dict().items()}
     for key, tensor in file.others.items():
         state[key.removeprefix(PREFIX)].copy_(tensor)

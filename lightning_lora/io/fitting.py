@@ -60,6 +60,22 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
             raise AdapterError(f"{CONFIG} names layers that {WEIGHTS} has no tensors for: {listing(missing)}")
         if extra:
             raise AdapterError(f"{WEIGHTS} holds layers that {CONFIG} does not name: {listing(extra)}")
+    configs = configs_of(file)
+    _check_shapes(model, live, configs, file)
+    if file.settings.get("fan_in_fan_out") and not any(_is_transposed(layer_at(model, live[p])) for p in configs):
+        raise AdapterError(f"{CONFIG}: it uses fan_in_fan_out=True, and no layer of this model is transposed so")
+    _check_trained(model, whole, file)
+    train = tuple(live[module] for module in whole)
+    order = {path: index for index, path in enumerate(live)}
+    return Plan(layers={live[path]: configs[path] for path in sorted(configs, key=order.__getitem__)}, train=train)
+
+
+def configs_of(file: AdapterFile) -> dict[str, LoRAConfig]:
+    """Return the config of each layer of a file.
+
+    Raises:
+        AdapterError: If a setting is broken, or is not what the header of the weights says it was.
+    """
     configs = peft.from_peft(file.settings, file.adapters)
     if file.metadata is not None:
         dropout = float(file.settings.get("lora_dropout") or 0.0)
@@ -69,13 +85,7 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
                 f"{CONFIG} and the header of {WEIGHTS} disagree, one was changed or they are of two saves: "
                 f"{'; '.join(apart)}"
             )
-    _check_shapes(model, live, configs, file)
-    if file.settings.get("fan_in_fan_out") and not any(_is_transposed(layer_at(model, live[p])) for p in configs):
-        raise AdapterError(f"{CONFIG}: it uses fan_in_fan_out=True, and no layer of this model is transposed so")
-    _check_trained(model, whole, file)
-    train = tuple(live[module] for module in whole)
-    order = {path: index for index, path in enumerate(live)}
-    return Plan(layers={live[path]: configs[path] for path in sorted(configs, key=order.__getitem__)}, train=train)
+    return configs
 
 
 def require_same(model: nn.Module, plan: Plan, name: str) -> None:

@@ -96,9 +96,9 @@ def check_supported(settings: Mapping[str, Any]) -> None:
     """Raise ``AdapterError`` if a setting is missing, or changes the function in a way not supported."""
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"peft_type is {kind!r}, expected 'LORA'")
-    on = [f"{key}={settings[key]!r}" for key in _MUST_BE_OFF if settings.get(key)]
-    on += [f"bias={settings['bias']!r}"] if settings.get("bias", "none") != "none" else []
+        raise AdapterError(f"peft_type is {kind!r:.80}, expected 'LORA'")
+    on = [f"{key}={settings[key]!r:.80}" for key in _MUST_BE_OFF if settings.get(key)]
+    on += [f"bias={settings['bias']!r:.80}"] if settings.get("bias", "none") != "none" else []
     if on:
         raise AdapterError(f"it uses {listing(on)}, which cannot be loaded yet")
     missing = [key for key in ("r", "lora_alpha") if key not in settings]
@@ -106,7 +106,7 @@ def check_supported(settings: Mapping[str, Any]) -> None:
         raise AdapterError(f"{listing(missing)} is missing; without it the adapter would be scaled wrongly")
     whole = settings.get("modules_to_save") or []
     if not isinstance(whole, list) or not all(isinstance(name, str) and name for name in whole):
-        raise AdapterError(f"modules_to_save is {whole!r}, expected a list of names")
+        raise AdapterError(f"modules_to_save is {whole!r:.80}, expected a list of names")
 
 
 def from_peft(settings: Mapping[str, Any], layers: Iterable[str]) -> dict[str, LoRAConfig]:
@@ -132,7 +132,7 @@ def from_peft(settings: Mapping[str, Any], layers: Iterable[str]) -> dict[str, L
             for path in layers
         }
     except (TypeError, ValueError) as error:
-        raise AdapterError(str(error)) from None
+        raise AdapterError(f"{error!s:.300}") from None
 
 
 def expected_layers(settings: Mapping[str, Any], linear: Iterable[str]) -> set[str] | None:
@@ -198,12 +198,12 @@ def _patterns(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Pattern keys as plain names. Expressions from a file are never run: a crafted one can hang the reader."""
     patterns = settings.get(key) or {}
     if not isinstance(patterns, dict):
-        raise AdapterError(f"{key} is {patterns!r}, expected an object")
+        raise AdapterError(f"{key} is {patterns!r:.80}, expected an object")
     plain = {}
     for pattern, value in patterns.items():
         name = pattern.replace("\\", "")
         if re.fullmatch(r"\^?[\w.\-]+", name) is None:
-            raise AdapterError(f"{key} has the expression {pattern!r}; only names of layers can be read")
+            raise AdapterError(f"{key} has the expression {pattern!r:.80}; only names of layers can be read")
         plain[name] = value
     return plain
 

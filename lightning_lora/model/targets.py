@@ -89,7 +89,7 @@ def resolve(
     linear = {name: reason for name, reason in candidates.items() if _is_linear(layer_at(model, name))}
     if not candidates or (not linear and ALL_LINEAR in wanted):
         raise TargetError(f"{type(model).__name__} has no linear layer to adapt; {_inventory(model)}")
-    trained = _trained_modules(model, train)
+    trained = resolve_train(model, train)
     excluded = {
         name for pattern in exclude for name in _matching(model, candidates, pattern, "exclude", lambda _: None)
     }
@@ -189,11 +189,17 @@ def _second_names(model: nn.Module, candidates: Iterable[str]) -> Iterator[tuple
     """Further names of layers inside of modules that stand in several places, with the name they go by."""
     first = {module: name for name, module in model.named_modules()}
     for alias, module in model.named_modules(remove_duplicate=False):
-        inside = [name for name in candidates if f"{name}.".startswith(f"{first[module]}.")]
-        yield from ((alias + name[len(first[module]) :], name) for name in inside if alias != first[module])
+        name = first[module]
+        inside = [layer for layer in candidates if f"{layer}.".startswith(f"{name}.")] if alias != name else []
+        yield from ((alias + layer[len(name) :], layer) for layer in inside)
 
 
-def _trained_modules(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
+def resolve_train(model: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the modules that patterns match, the outermost where one is inside another.
+
+    Raises:
+        TargetError: If a pattern matches no module, or one without parameters.
+    """
     names = [name for name, _ in model.named_modules() if name]
     trained: dict[str, None] = {}
     for pattern in patterns:

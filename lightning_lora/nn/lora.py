@@ -124,7 +124,8 @@ class LoRA(Adapter):
         """Return ``W + s B A``, or ``W + s (B A - B0 A0)``, in ``weight``'s dtype."""
         self._require_start()
         lora_A, lora_B = self._factors(whole=self.taken_A is not None)
-        return weight + self.kind.from_matrix(delta(lora_A, lora_B, self.config.scale, weight.dtype))
+        # Added in place: a merge of a large layer holds the weight and the update, and no third of their size.
+        return self.kind.from_matrix(delta(lora_A, lora_B, self.config.scale, weight.dtype)).add_(weight)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

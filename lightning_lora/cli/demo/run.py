@@ -86,7 +86,7 @@ def run(task: Task, out: Path, *, steps: int, r: int = 8) -> dict[str, Any]:
     if not drawn:
         console.line('no pictures: they need matplotlib, pip install "lightning-lora[plot]"')
     files = drawn + _write(out, report, before, after)
-    console.line(f"wrote {out}/: adapter_config.json, {WEIGHTS}, model.safetensors, {', '.join(files)}")
+    console.line(f"wrote {out}/: adapter_config.json, {WEIGHTS}, merged/model.safetensors, {', '.join(files)}")
     return report
 
 
@@ -167,7 +167,7 @@ def _report(
         "total": account.total,
         "optimizer": asdict(optimizer),
         "adapter_file_bytes": (out / WEIGHTS).stat().st_size,
-        "merged_file_bytes": (out / "model.safetensors").stat().st_size,
+        "merged_file_bytes": (out / "merged" / "model.safetensors").stat().st_size,
         "merged_vs_adapted": ((merged - adapted).abs().max() / adapted.abs().max()).item(),
         "merged_bf16_vs_adapted": _worst_sequence(rounded - adapted, adapted),
         "merged_bf16_vs_adapted_largest": ((rounded - adapted).abs().max() / adapted.abs().max()).item(),
