@@ -26,6 +26,7 @@ from lightning_lora.model.merge import merge
 from lightning_lora.model.parameters import adapter_parameters
 from lightning_lora.model.routing import routed
 from lightning_lora.model.summary import summary
+from lightning_lora.nn.chunked_cross_entropy import chunked_cross_entropy
 from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.nn.lora_fa import LoRAFAConfig
@@ -64,6 +65,7 @@ __all__ = [
     "activate",
     "adapter_parameters",
     "adapter_state_dict",
+    "chunked_cross_entropy",
     "combine",
     "delete_adapter",
     "disabled",

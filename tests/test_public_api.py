@@ -33,6 +33,7 @@ NAMES = {
     "activate",
     "adapter_parameters",
     "adapter_state_dict",
+    "chunked_cross_entropy",
     "combine",
     "delete_adapter",
     "disabled",
