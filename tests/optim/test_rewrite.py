@@ -3,12 +3,12 @@
 import copy
 import warnings
 
-import bitsandbytes
 import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from lightning_lora import OptimizerError, inject
+from lightning_lora import OptimizerError, adapter_parameters, inject
+from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
 from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import rewrite_optimizers
 
@@ -38,10 +38,10 @@ def rewrite(net, optimizer, *schedulers):
     return rewrite_optimizers(net, [optimizer], schedulers, paged_8bit=True)[0]
 
 
-def test_adamw_becomes_bitsandbytes_paged_8bit_adamw_over_exactly_the_adapters(net):
+def test_adamw_becomes_the_paged_8bit_adamw_over_exactly_the_adapters(net):
     inject(net, train="head")
     optimizer = rewrite(net, torch.optim.AdamW(groups(net)))
-    assert type(optimizer) is bitsandbytes.optim.PagedAdamW8bit
+    assert type(optimizer) is FlatPagedAdamW8bit
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in net.parameters() if p.requires_grad}
     assert len(held) == len({id(p) for p in held})
@@ -53,17 +53,17 @@ def test_adamw_becomes_bitsandbytes_paged_8bit_adamw_over_exactly_the_adapters(n
 
 
 def test_the_swapped_optimizer_takes_the_step_that_adamw_takes(net, tokens):
-    """Small tensors keep 32-bit moments, so the first steps agree with torch up to rounding."""
+    """Moments are rounded to 8 bits after the first step, which agrees with torch up to the rounding of float32."""
     inject(net)
     twin = copy.deepcopy(net)
     optimizer, reference = rewrite(net, torch.optim.AdamW(groups(net))), torch.optim.AdamW(groups(twin))
-    for _ in range(3):
+    for limit in (1e-5, 0.05, 0.05):  # the order of divisions; then codes, a few percent apart
         for model, stepper in ((net, optimizer), (twin, reference)):
             stepper.zero_grad()
             model(tokens).square().mean().backward()
             stepper.step()
-    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-4)  # steps of 0.1: bitsandbytes divides in another order
+        ours, theirs = (torch.cat([p.flatten() for p in adapter_parameters(model)]) for model in (net, twin))
+        assert (ours - theirs).norm() <= limit * theirs.norm()
 
 
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
@@ -113,6 +113,8 @@ def test_without_the_swap_adamw_stays_and_is_narrowed(net):
             r"8 of 12 trainable parameters are in no optimizer.*lora_A",
         ),
         (lambda net: torch.optim.AdamW(net.parameters(), amsgrad=True), "amsgrad=True in group 0.*optimizer=None"),
+        (lambda net: torch.optim.AdamW(net.parameters(), maximize=True), "maximize=True in group 0.*optimizer=None"),
+        (lambda net: torch.optim.AdamW(net.parameters(), differentiable=True), "differentiable=True in group 0"),
         (lambda net: torch.optim.Adam(net.parameters(), weight_decay=0.1), "adds its weight_decay=0.1.*AdamW"),
     ],
 )
@@ -132,7 +134,7 @@ def test_an_optimizer_that_has_stepped_is_refused(net, tokens):
 
 
 def test_the_report_before_the_first_step_is_what_the_state_then_is(net, tokens):
-    """Of these tensors only those with 4096 elements or more get 8-bit moments, and on the CPU none is paged."""
+    """Of these tensors all but the bias get 8-bit moments, and on the CPU none is paged."""
     inject(net, train="downs.0")
     optimizer = rewrite(net, torch.optim.AdamW(net.parameters()))
     before = optimizer_report(optimizer)
@@ -140,14 +142,14 @@ def test_the_report_before_the_first_step_is_what_the_state_then_is(net, tokens)
     optimizer.step()
     after = optimizer_report(optimizer)
     assert (after.in_8bit, after.paged, after.tensors) == (before.in_8bit, before.paged, before.tensors)
-    large = [p for p in net.parameters() if p.requires_grad and p.numel() >= 4096]
-    assert len(large) == after.in_8bit == 1
+    trained = [p for p in net.parameters() if p.requires_grad]
+    assert after.in_8bit == len(trained) - 1
     assert after.paged == 0
     assert before.state_bytes == 0
-    # 32-bit moments take 8 bytes an element, 8-bit ones 2 with two float32 per 256; two tables of 256 levels are shared
-    small = sum(p.numel() for p in net.parameters() if p.requires_grad) - large[0].numel()
-    assert after.state_bytes == 8 * small + 2 * large[0].numel() + 2 * 4 * large[0].numel() // 256 + 2 * 4 * 256
-    assert str(after).startswith("bitsandbytes.optim.PagedAdamW8bit")
+    # 32-bit moments take 8 bytes an element, 8-bit ones 2 with two float32 per 256; the bias of 64 takes one block
+    matrices = sum(p.numel() for p in trained) - 64
+    assert after.state_bytes == 8 * 256 + 2 * matrices + 2 * 4 * matrices // 256
+    assert str(after).startswith("lightning_lora.optim.FlatPagedAdamW8bit")
 
 
 def test_a_scheduler_inside_a_users_own_scheduler_follows(net):
@@ -191,3 +193,17 @@ def test_lbfgs_steps_over_the_adapters_alone(net, tokens):
         optimizer.step(closure)
     optimizer.state_dict()
     assert closure().item() < first
+
+
+def test_hooks_registered_on_the_optimizer_go_on_and_can_be_removed(net, tokens):
+    inject(net)
+    original, calls = torch.optim.AdamW(net.parameters()), []
+    handle = original.register_step_pre_hook(lambda *_: calls.append("step"))
+    original.register_state_dict_post_hook(lambda _, state: {**state, "mine": 1})
+    optimizer = rewrite(net, original)
+    net(tokens).sum().backward()
+    optimizer.step()
+    handle.remove()
+    optimizer.step()
+    assert calls == ["step"]
+    assert optimizer.state_dict()["mine"] == 1
