@@ -38,8 +38,8 @@ class FlatPagedAdamW8bit(Optimizer):
         w = (1 - \eta\lambda) w - \eta\, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     A step is one update per group as long as its parameters take part in the same steps; one whose gradient is None is
-    passed over. The numbers are those of ``bitsandbytes.optim.PagedAdamW8bit``, bit for bit, but for matrices of less
-    than 4096 elements, whose moments bitsandbytes keeps in 32 bits. Short vectors (biases, norms) have 32 here too.
+    passed over. The numbers are those of ``bitsandbytes.optim.PagedAdamW8bit``, bit for bit. As there, parameters of
+    less than 4096 elements have moments in 32 bits; those of a group take a buffer and an update of their own.
 
     Args:
         params: Parameters or groups of them, as for every optimizer of torch.
@@ -152,9 +152,6 @@ class FlatPagedAdamW8bit(Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up a saved state: by names, or one of ``bitsandbytes.optim.PagedAdamW8bit`` by position.
-
-        The moments of bitsandbytes are taken as they are, but for matrices of less than 4096 elements, which are
-        quantized.
 
         Raises:
             OptimizerError: If it is the state of other parameters.

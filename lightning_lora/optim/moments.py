@@ -22,7 +22,11 @@ BLOCK = 256
 """Elements that share a scale in bitsandbytes' 8-bit optimizers."""
 
 MIN_8BIT = 4096
-"""Elements of a vector from which on it has 8-bit moments, as in bitsandbytes."""
+"""Elements of a parameter from which on its moments are in 8 bits, as in bitsandbytes.
+
+Smaller ones take no memory that would be missed, biases and norms among them are sensitive, and on a CPU an update in
+32 bits is several times as fast.
+"""
 
 MIN_PAGED = 100_000
 """Elements of a buffer from which on it is paged, as in bitsandbytes; a smaller one is not worth a page."""
@@ -55,12 +59,12 @@ class Moments(ABC):
         self.elements = elements
         self.device = device
         self.paged = is_paged(elements, device)
-        self.tensors = {name: self._zeros(name) for name in self.per_element}
+        self.tensors = {name: self._blank(name) for name in self.per_element}
 
     @staticmethod
     def of(parameter: Tensor) -> type[Moments]:
-        """Which moments a parameter has: in 8 bits, but for short vectors (biases, norms), which are sensitive."""
-        return Moments8bit if parameter.ndim > 1 or parameter.numel() >= MIN_8BIT else Moments32bit
+        """Which moments a parameter has: in 8 bits, or in 32 if it is small."""
+        return Moments8bit if parameter.numel() >= MIN_8BIT else Moments32bit
 
     @abstractmethod
     def update(self, weight: Tensor, gradient: Tensor, start: int, step: int, group: Mapping[str, Any]) -> None:
@@ -75,13 +79,18 @@ class Moments(ABC):
         """
 
     @abstractmethod
+    def _zero(self, name: str) -> int:
+        """The entry of a buffer that stands for zero."""
+
     def fill(self, start: int, shape: torch.Size, saved: Mapping[str, Tensor]) -> None:
         """Copy the saved moments of one parameter to their place.
 
         Raises:
             KeyError: If a tensor is missing.
-            OptimizerError: If one is of another shape.
+            OptimizerError: If one is of another size or dtype.
         """
+        for name, place in self.part(start, shape.numel()).items():
+            _copy_checked(place, saved[name], name)
 
     def part(self, start: int, elements: int) -> dict[str, Tensor]:
         """Views of the buffers for ``elements`` elements from ``start`` on."""
@@ -95,23 +104,23 @@ class Moments(ABC):
 
     def zero_(self) -> None:
         """Be as new."""
-        for tensor in self.tensors.values():
-            tensor.zero_()
+        for name, tensor in self.tensors.items():
+            tensor.fill_(self._zero(name))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy or a pickle of a paged tensor is an ordinary one that still says it is paged.
         kept = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         return _restored, (type(self), self.elements, self.device, kept)
 
-    def _zeros(self, name: str) -> Tensor:
+    def _blank(self, name: str) -> Tensor:
         per, dtype = self.per_element[name]
         if self.paged and name.startswith("state"):
             functional = library().functional
             with torch.cuda.device(self.device):
                 buffer: Tensor = functional.get_paged(self.elements, dtype=dtype, device=self.device)
-                functional.fill(buffer, 0)
+                functional.fill(buffer, self._zero(name))
             return buffer
-        return torch.zeros(self.elements // per, dtype=dtype, device=self.device)
+        return torch.full((self.elements // per,), self._zero(name), dtype=dtype, device=self.device)
 
     def _prefetch(self, part: Mapping[str, Tensor]) -> None:
         """Bring paged moments to the GPU before the kernel asks for them page by page."""
@@ -142,25 +151,11 @@ class Moments8bit(Moments):
             float(group["weight_decay"]),
         )  # fmt: skip
 
-    def fill(self, start: int, shape: torch.Size, saved: Mapping[str, Tensor]) -> None:
-        """Copy codes and scales; moments that were saved in 32 bits are quantized."""
-        part = self.part(start, shape.numel())
-        if saved["state1"].is_floating_point():
-            saved = self._quantized(saved)
-        for name, place in part.items():
-            copy_checked(place, saved[name], name)
-        # Up to the next block, moments of zero: a code of 0 stands for the least value, and would count in the scale.
-        for name, table in zip(("state1", "state2"), levels(self.device), strict=True):
-            padding = self.tensors[name][start + shape.numel() : start + padded(shape.numel())]
-            padding.fill_(int(table.abs().argmin()))
-
-    def _quantized(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for index, table in enumerate(levels(self.device), start=1):
-            moment = saved[f"state{index}"].to(self.device, torch.float32).flatten()
-            codes, scales = library().functional.quantize_blockwise(moment, code=table, blocksize=BLOCK)
-            found |= {f"state{index}": codes, f"absmax{index}": scales.absmax}
-        return found
+    def _zero(self, name: str) -> int:
+        # A code of 0 stands for the least value. Up to the end of a block, past the last element, it would count in the
+        # scale once there is one.
+        tables = dict(zip(("state1", "state2"), levels(self.device), strict=True))
+        return int(tables[name].abs().argmin()) if name in tables else 0
 
 
 class Moments32bit(Moments):
@@ -181,10 +176,8 @@ class Moments32bit(Moments):
             part["state2"], float(beta2), weight_decay=float(group["weight_decay"]),
         )  # fmt: skip
 
-    def fill(self, start: int, shape: torch.Size, saved: Mapping[str, Tensor]) -> None:
-        """Copy the moments."""
-        for name, place in self.part(start, shape.numel()).items():
-            copy_checked(place, saved[name], name)
+    def _zero(self, name: str) -> int:
+        return 0
 
 
 def is_paged(elements: int, device: torch.device) -> bool:
@@ -192,7 +185,7 @@ def is_paged(elements: int, device: torch.device) -> bool:
     return device.type == "cuda" and elements >= MIN_PAGED
 
 
-def copy_checked(place: Tensor, saved: Tensor, name: str) -> None:
+def _copy_checked(place: Tensor, saved: Tensor, name: str) -> None:
     """Copy a saved tensor to its place.
 
     Raises:

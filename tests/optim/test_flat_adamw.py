@@ -17,8 +17,8 @@ from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
 from lightning_lora.optim.runs import joining
 
 UPDATES = ("optimizer_update_8bit_blockwise", "optimizer_update_32bit")
-ALIKE = [(16, 256), (300, 16), (7, 700), (5000,), (100,), (1,), (), (4, 8, 9, 16), (200, 200)]
-"""Shapes whose moments bitsandbytes keeps in as many bits; some fill no block, one is updated alone on a CPU."""
+SHAPES = [(16, 256), (300, 16), (7, 700), (5000,), (100,), (1,), (), (8, 100), (4, 8, 9, 16), (200, 200)]
+"""Half of them with moments in 32 bits. Some fill no block, the last is updated alone on a CPU."""
 
 
 class Updates(TorchDispatchMode):
@@ -71,17 +71,17 @@ def assert_equal(ours, theirs) -> None:
 
 
 def test_224_adapter_pairs_take_one_update_with_the_numbers_of_448():
-    """As on all linear layers of a model of 7B parameters; bitsandbytes is told to keep small tensors in 8 bits too."""
+    """As on all linear layers of a model of 7B parameters, a sixteenth as wide: no tensor is too small for 8 bits."""
     with torch.device("meta"):
-        model = seven_billion(128)
+        model = seven_billion(256)
     inject(model, config=LoRAConfig(r=16))
     shapes = [p.shape for p in adapter_parameters(model)]
     assert len(shapes) == 448
     ours = parameters_of(shapes)
     theirs = copy.deepcopy(ours)
     optimizer = FlatPagedAdamW8bit(ours, lr=1e-2, weight_decay=0.1)
-    reference = one_by_one(theirs, lr=1e-2, weight_decay=0.1, min_8bit_size=1)
-    for _ in range(3):
+    reference = one_by_one(theirs, lr=1e-2, weight_decay=0.1)
+    for _ in range(2):
         draw_gradients(ours, theirs)
         assert Updates().of(optimizer.step) == {"optimizer_update_8bit_blockwise": 1}
         assert Updates().of(reference.step) == {"optimizer_update_8bit_blockwise": 448}
@@ -91,10 +91,10 @@ def test_224_adapter_pairs_take_one_update_with_the_numbers_of_448():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_step_is_that_of_bitsandbytes_bit_for_bit(dtype):
     """Two groups, shapes that fill no block, transposed storage, and parameters that sit out steps of their own."""
-    ours = parameters_of(ALIKE * 2, dtype)
+    ours = parameters_of(SHAPES * 2, dtype)
     ours[1].data = ours[1].data.t().contiguous().t()
     theirs = copy.deepcopy(ours)
-    half, settings = len(ALIKE), {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.0}
+    half, settings = len(SHAPES), {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.0}
     groups = [[{"params": each[:half]}, {"params": each[half:], **settings}] for each in (ours, theirs)]
     optimizer, reference = FlatPagedAdamW8bit(groups[0], lr=1e-2), one_by_one(groups[1], lr=1e-2)
     for step in range(6):
@@ -106,8 +106,8 @@ def test_every_step_is_that_of_bitsandbytes_bit_for_bit(dtype):
 
 
 def test_a_step_takes_one_update_for_each_group_and_kind_of_moments():
-    parameters = parameters_of([(16, 30), (30, 16), (16,), (8, 8)])
-    optimizer = FlatPagedAdamW8bit([{"params": parameters[:3]}, {"params": parameters[3:], "lr": 0.1}])
+    parameters = parameters_of([(16, 300), (300, 16), (16,), (8, 8), (64, 64)])
+    optimizer = FlatPagedAdamW8bit([{"params": parameters[:4]}, {"params": parameters[4:], "lr": 0.1}])
     draw_gradients(parameters)
     assert Updates().of(optimizer.step) == {"optimizer_update_8bit_blockwise": 2, "optimizer_update_32bit": 1}
 
@@ -151,10 +151,10 @@ def test_parameters_stay_the_tensors_they_are():
 
 def test_what_happens_to_parameters_and_groups_between_steps_is_followed():
     """A new storage, another layout at the same place, a shorter one, a new group, a parameter less."""
-    ours = parameters_of([(64, 64), (32, 32), (64, 64), (16, 16)])
+    ours = parameters_of([(64, 64), (32, 32), (64, 64), (16, 16), (64, 64)])
     theirs, later = copy.deepcopy(ours), parameters_of([(32, 40), (64, 64)])
     later_theirs = copy.deepcopy(later)
-    optimizer, reference = FlatPagedAdamW8bit(ours, lr=0.1), one_by_one(theirs, lr=0.1, min_8bit_size=1)
+    optimizer, reference = FlatPagedAdamW8bit(ours, lr=0.1), one_by_one(theirs, lr=0.1)
 
     def step(*twins):
         draw_gradients(*twins)
@@ -171,16 +171,15 @@ def test_what_happens_to_parameters_and_groups_between_steps_is_followed():
     step(ours, theirs)
     for each, opt, new in ((ours, optimizer, later), (theirs, reference, later_theirs)):
         opt.add_param_group({"params": new, "lr": 0.01})
-        del opt.param_groups[0]["params"][3]
-        each[3].grad = None
-        each[3:] = new
+        del opt.param_groups[0]["params"][4]
+        each[4:] = new
     step(ours, theirs)
     step(ours, theirs)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_a_copy_goes_on_by_itself(duplicate):
-    parameters = parameters_of(ALIKE)
+    parameters = parameters_of(SHAPES)
     optimizer = FlatPagedAdamW8bit(parameters, names={p: str(p.shape) for p in parameters})
     draw_gradients(parameters)
     optimizer.step()
@@ -214,7 +213,7 @@ def over(parameters: dict[str, nn.Parameter], **settings) -> FlatPagedAdamW8bit:
 
 
 def stepped(steps: int = 3) -> tuple[dict[str, nn.Parameter], FlatPagedAdamW8bit]:
-    parameters = named(ALIKE)
+    parameters = named(SHAPES)
     optimizer = over(parameters, lr=0.1, weight_decay=0.1)
     for step in range(steps):
         draw_gradients(list(parameters.values()), keep=lambda index, step=step: (index, step) != (2, 1))
@@ -227,11 +226,11 @@ def test_moments_are_saved_under_names_in_8_bits_and_without_padding():
     state = through_a_file(optimizer.state_dict())
     assert list(state["state"]) == state["param_groups"][0]["params"] == list(parameters)
     for name, entry in state["state"].items():
-        p, short = parameters[name], parameters[name].ndim < 2 and parameters[name].numel() < 4096
+        p, short = parameters[name], parameters[name].numel() < 4096
         assert {entry[key].dtype for key in ("state1", "state2")} == {torch.float32 if short else torch.uint8}
         assert entry["state1"].shape == entry["state2"].shape == p.shape
         assert short or len(entry["absmax1"]) == len(entry["absmax2"]) == -(-p.numel() // 256)
-    assert [entry["step"] for entry in state["state"].values()] == [3, 3, 2, 3, 3, 3, 3, 3, 3]
+    assert [entry["step"] for entry in state["state"].values()] == [3, 3, 2, 3, 3, 3, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("reorder", [list, lambda items: list(reversed(items))], ids=["same order", "other order"])
@@ -258,19 +257,19 @@ def test_the_state_of_other_parameters_is_refused_by_name():
     _, optimizer = stepped()
     state = optimizer.state_dict()
     with pytest.raises(OptimizerError, match=r"group 0.*holds layer\.0, .*beyond.*lacks other\.0, "):
-        over(named(ALIKE, prefix="other")).load_state_dict(state)
+        over(named(SHAPES, prefix="other")).load_state_dict(state)
     with pytest.raises(OptimizerError, match=r"layer\.0 do not fit: state1 was saved as 4096 elements.*has 1024"):
-        over(named([(4, 256), *ALIKE[1:]])).load_state_dict(state)
+        over(named([(4, 256), *SHAPES[1:]])).load_state_dict(state)
     with pytest.raises(OptimizerError, match="has 1 groups, this one 2"):
         FlatPagedAdamW8bit([{"params": parameters_of([(2, 2)])} for _ in range(2)]).load_state_dict(state)
     del state["state"]["layer.0"]["absmax2"]
     with pytest.raises(OptimizerError, match=r"layer\.0 do not fit: 'absmax2' is missing"):
-        over(named(ALIKE)).load_state_dict(state)
+        over(named(SHAPES)).load_state_dict(state)
 
 
 def test_a_state_of_bitsandbytes_is_taken_up():
-    """Checkpoints written before there was one buffer: by position; small matrices had moments in 32 bits."""
-    theirs = parameters_of([*ALIKE, (8, 100)])
+    """By position, as in checkpoints written before there was one buffer; it goes on bit for bit."""
+    theirs = parameters_of(SHAPES)
     reference = one_by_one(theirs, lr=0.1)
     for _ in range(3):
         draw_gradients(theirs)
@@ -278,15 +277,12 @@ def test_a_state_of_bitsandbytes_is_taken_up():
     ours = copy.deepcopy(theirs)
     optimizer = over({f"layer.{index}": p for index, p in enumerate(ours)})
     optimizer.load_state_dict(through_a_file(reference.state_dict()))
-    assert optimizer.param_groups[0].keys() == over(named(ALIKE)).param_groups[0].keys()
+    assert optimizer.param_groups[0].keys() == over(named(SHAPES)).param_groups[0].keys()
     for _ in range(2):
         draw_gradients(ours, theirs)
         optimizer.step()
         reference.step()
-    assert_equal(ours[:-1], theirs[:-1])
-    # the last had moments in 32 bits, which are now codes: steps of 0.1 a few percent apart
-    assert torch.allclose(ours[-1], theirs[-1], atol=0.02)
-    assert not torch.equal(ours[-1], theirs[-1])
+    assert_equal(ours, theirs)
 
 
 def test_names_may_be_those_of_the_groups():
@@ -340,8 +336,10 @@ def test_a_sparse_gradient_is_refused():
 
 
 def test_an_empty_parameter_does_no_harm():
-    parameters = parameters_of([(8, 8), (0, 8), (8, 8)])
+    parameters = parameters_of([(64, 64), (0, 8), (64, 64)])
     optimizer = FlatPagedAdamW8bit(parameters)
+    draw_gradients(parameters)
+    assert Updates().of(optimizer.step) == {"optimizer_update_8bit_blockwise": 1}
     draw_gradients(parameters)
     assert Updates().of(optimizer.step) == {"optimizer_update_8bit_blockwise": 1}
     FlatPagedAdamW8bit(parameters).load_state_dict(optimizer.state_dict())

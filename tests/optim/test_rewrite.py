@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from lightning_lora import OptimizerError, adapter_parameters, inject
+from lightning_lora import OptimizerError, inject
 from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
 from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import rewrite_optimizers
@@ -53,17 +53,17 @@ def test_adamw_becomes_the_paged_8bit_adamw_over_exactly_the_adapters(net):
 
 
 def test_the_swapped_optimizer_takes_the_step_that_adamw_takes(net, tokens):
-    """Moments are rounded to 8 bits after the first step, which agrees with torch up to the rounding of float32."""
+    """Small tensors keep 32-bit moments, so the first steps agree with torch up to rounding."""
     inject(net)
     twin = copy.deepcopy(net)
     optimizer, reference = rewrite(net, torch.optim.AdamW(groups(net))), torch.optim.AdamW(groups(twin))
-    for limit in (1e-5, 0.05, 0.05):  # the order of divisions; then codes, a few percent apart
+    for _ in range(3):
         for model, stepper in ((net, optimizer), (twin, reference)):
             stepper.zero_grad()
             model(tokens).square().mean().backward()
             stepper.step()
-        ours, theirs = (torch.cat([p.flatten() for p in adapter_parameters(model)]) for model in (net, twin))
-        assert (ours - theirs).norm() <= limit * theirs.norm()
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)  # steps of 0.1: bitsandbytes divides in another order
 
 
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
@@ -134,7 +134,7 @@ def test_an_optimizer_that_has_stepped_is_refused(net, tokens):
 
 
 def test_the_report_before_the_first_step_is_what_the_state_then_is(net, tokens):
-    """Of these tensors all but the bias get 8-bit moments, and on the CPU none is paged."""
+    """Of these tensors only those with 4096 elements or more get 8-bit moments, and on the CPU none is paged."""
     inject(net, train="downs.0")
     optimizer = rewrite(net, torch.optim.AdamW(net.parameters()))
     before = optimizer_report(optimizer)
@@ -142,13 +142,13 @@ def test_the_report_before_the_first_step_is_what_the_state_then_is(net, tokens)
     optimizer.step()
     after = optimizer_report(optimizer)
     assert (after.in_8bit, after.paged, after.tensors) == (before.in_8bit, before.paged, before.tensors)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    assert after.in_8bit == len(trained) - 1
+    large = [p for p in net.parameters() if p.requires_grad and p.numel() >= 4096]
+    assert len(large) == after.in_8bit == 1
     assert after.paged == 0
     assert before.state_bytes == 0
-    # 32-bit moments take 8 bytes an element, 8-bit ones 2 with two float32 per 256; the bias of 64 takes one block
-    matrices = sum(p.numel() for p in trained) - 64
-    assert after.state_bytes == 8 * 256 + 2 * matrices + 2 * 4 * matrices // 256
+    # 32-bit moments take 8 bytes an element, 8-bit ones 2 with two float32 per 256; each tensor begins a block
+    small = sum(-(-p.numel() // 256) * 256 for p in net.parameters() if p.requires_grad) - large[0].numel()
+    assert after.state_bytes == 8 * small + 2 * large[0].numel() + 2 * 4 * large[0].numel() // 256
     assert str(after).startswith("lightning_lora.optim.FlatPagedAdamW8bit")
 
 
