@@ -113,7 +113,7 @@ class FlatPagedAdamW8bit(Optimizer):
         for index, group in enumerate(self.param_groups):
             plan = self._plan(index, group["params"])
             plan.update(group)
-            waiting |= {run.segments[0].moments.device for run in plan.runs if run.segments[0].moments.paged}
+            waiting |= {run.moments.device for run in plan.runs if run.moments.paged}
         for device in waiting:  # the host may read paged moments at any time, to save them for instance
             torch.cuda.synchronize(device)
         return loss

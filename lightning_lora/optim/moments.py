@@ -67,13 +67,15 @@ class Moments(ABC):
         return Moments8bit if parameter.numel() >= MIN_8BIT else Moments32bit
 
     @abstractmethod
-    def update(self, weight: Tensor, gradient: Tensor, start: int, step: int, group: Mapping[str, Any]) -> None:
+    def update(
+        self, weight: Tensor, gradient: Tensor, part: Mapping[str, Tensor], step: int, group: Mapping[str, Any]
+    ) -> None:
         """Do one step of AdamW, in place.
 
         Args:
-            weight: Parameters one behind the other, of shape ``(n,)``; those between ``start`` and ``start + n``.
+            weight: Parameters one behind the other, of shape ``(n,)``.
             gradient: Their gradient, of the same shape and dtype.
-            start: Where they begin, a multiple of ``BLOCK``.
+            part: Where their moments are, from :meth:`part`.
             step: Number of this step, from 1 on, for the correction of the bias.
             group: ``lr``, ``betas``, ``eps`` and ``weight_decay``.
         """
@@ -140,9 +142,10 @@ class Moments8bit(Moments):
         "absmax2": (BLOCK, torch.float32),
     }
 
-    def update(self, weight: Tensor, gradient: Tensor, start: int, step: int, group: Mapping[str, Any]) -> None:
+    def update(
+        self, weight: Tensor, gradient: Tensor, part: Mapping[str, Tensor], step: int, group: Mapping[str, Any]
+    ) -> None:
         """Do one step: dequantize, update and quantize again, in one kernel on CUDA."""
-        part = self.part(start, weight.numel())
         self._prefetch(part)
         (beta1, beta2), (signed, unsigned) = group["betas"], levels(self.device)
         library().functional.optimizer_update_8bit_blockwise(
@@ -166,9 +169,10 @@ class Moments32bit(Moments):
         "state2": (1, torch.float32),
     }
 
-    def update(self, weight: Tensor, gradient: Tensor, start: int, step: int, group: Mapping[str, Any]) -> None:
+    def update(
+        self, weight: Tensor, gradient: Tensor, part: Mapping[str, Tensor], step: int, group: Mapping[str, Any]
+    ) -> None:
         """Do one step in one kernel."""
-        part = self.part(start, weight.numel())
         self._prefetch(part)
         beta1, beta2 = group["betas"]
         library().functional.optimizer_update_32bit(

@@ -72,9 +72,11 @@ class Segment:
 class Run(ABC):
     """Parameters that one update serves, of one dtype, at one step, with moments one behind the other."""
 
-    def __init__(self, parameters: Sequence[Tensor], segments: Sequence[Segment]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], segments: Sequence[Segment], elements: int) -> None:
         self.parameters = list(parameters)
         self.segments = list(segments)
+        self.moments = segments[0].moments
+        self.part = self.moments.part(segments[0].start, elements)
 
     def update(self, group: Mapping[str, Any]) -> None:
         """Do one step of AdamW."""
@@ -87,27 +89,31 @@ class Run(ABC):
     def _update(self, group: Mapping[str, Any]) -> None: ...
 
     def _call(self, weight: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
-        first = self.segments[0]
-        first.moments.update(weight, gradient.to(weight.dtype), first.start, first.step, group)
+        self.moments.update(weight, gradient.to(weight.dtype), self.part, self.segments[0].step, group)
 
 
 class Alone(Run):
     """One parameter, updated in place."""
 
+    def __init__(self, parameter: Tensor, segment: Segment) -> None:
+        super().__init__([parameter], [segment], parameter.numel())
+        self.in_place = parameter.is_contiguous()
+        self.weight = parameter.detach().view(-1) if self.in_place else parameter.detach()
+
     def _update(self, group: Mapping[str, Any]) -> None:
-        parameter, gradient = self.parameters[0].detach(), self.parameters[0].grad
+        gradient = self.parameters[0].grad
         assert gradient is not None
-        weight = parameter.contiguous().view(-1)
+        weight = self.weight.contiguous().view(-1)
         self._call(weight, gradient.contiguous().view(-1), group)
-        if not parameter.is_contiguous():
-            parameter.copy_(weight.view(parameter.shape))
+        if not self.in_place:
+            self.weight.copy_(weight.view(self.weight.shape))
 
 
 class Joined(Run):
     """Several contiguous parameters, updated as one."""
 
     def __init__(self, parameters: Sequence[Tensor], segments: Sequence[Segment]) -> None:
-        super().__init__(parameters, segments)
+        super().__init__(parameters, segments, sum(padded(p.numel()) for p in parameters))
         filler = parameters[0].new_zeros(BLOCK)  # zeros with gradients of zero stay zeros
         pads = [filler[: padded(p.numel()) - p.numel()] for p in parameters]
         self.pads = pads if any(pad.numel() for pad in pads) else []
@@ -178,8 +184,9 @@ def _runs(pairs: Iterable[tuple[Tensor, Segment]]) -> Iterator[Run]:
 
 
 def _run(pairs: Sequence[tuple[Tensor, Segment]]) -> Run:
-    kind = Alone if len(pairs) == 1 else Joined
-    return kind([p for p, _ in pairs], [segment for _, segment in pairs])
+    if len(pairs) == 1:
+        return Alone(*pairs[0])
+    return Joined([p for p, _ in pairs], [segment for _, segment in pairs])
 
 
 def _follows(pair: tuple[Tensor, Segment], run: Sequence[tuple[Tensor, Segment]]) -> bool:

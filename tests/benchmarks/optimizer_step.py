@@ -10,7 +10,8 @@ rounds of ours / theirs: below 1 we are faster.
   update alone  bitsandbytes' update of one buffer that holds all parameters, as if nothing had to be gathered
 
 Before anything is timed, the parameters after three steps of ours and of bitsandbytes' are compared bit for
-bit. On a machine that is not yours alone, pass OMP_NUM_THREADS=1 in the environment.
+bit. On a CPU the clock is that of the process, which stands while others have the processor: pass OMP_NUM_THREADS=1 in
+the environment, so that it counts one thread.
 
 With --device cuda the layers have their full width, and the figures are worth writing down.
 """
@@ -20,8 +21,10 @@ from __future__ import annotations
 import copy
 import json
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import bitsandbytes
 import torch
@@ -52,12 +55,13 @@ def measure(rounds: int, device: str) -> Report:
     claims = []
     for narrower in NARROWER[device]:
         parameters = drawn(narrower, device)
-        seconds = interleaved(contenders(parameters), rounds)
+        clock = time.perf_counter if device == "cuda" else time.process_time
+        seconds = interleaved(contenders(parameters), rounds, clock)
         elements = sum(p.numel() for p in parameters)
         rows.append(row(f"{WIDTH // narrower} ({elements / 1e6:.1f}M)", seconds))
         ratio = median_ratio(seconds["ours"], seconds["bitsandbytes"])
-        # where both make the very same calls on a CPU, the ratio is 1 within the noise
-        limit = 0.05 if device == "cuda" else 1.0
+        # on a CPU both make the very same calls at the largest width, and the ratio is 1 within the noise
+        limit = 0.05 if device == "cuda" else 1.02
         claims.append(Claim(f"d={WIDTH // narrower}: a step, ours / bitsandbytes' tensor by tensor", ratio, limit))
     return Report(
         title=f"One optimizer step over the adapters of 224 layers (r=16, 448 tensors), {device}",
@@ -66,9 +70,17 @@ def measure(rounds: int, device: str) -> Report:
         + [f"{name}, {kind}" for name in PEERS for kind in ("ms", "ours / this")],
         rows=rows,
         claims=claims,
-        note=__doc__.partition("\n\n")[2] if __doc__ else "",
+        note=NOTE,
     )
 
+
+NOTE = (
+    "A ratio is the median over the rounds of ours / theirs in the same round. *bitsandbytes* is `PagedAdamW8bit`, tensor "
+    "by tensor; before timing, parameters after three steps are compared with it bit for bit. *torch fused* is "
+    "`AdamW(fused=True)`, with moments in 32 bits. *update alone* is bitsandbytes' update of one buffer of all "
+    "parameters in 8 bits, as if nothing had to be gathered. d is the width of the model; at 128 the smaller half of the "
+    "tensors has less than 4096 elements, and so moments in 32 bits with both."
+)
 
 PEERS = ("bitsandbytes", "torch fused", "update alone")
 
@@ -121,7 +133,8 @@ def update_alone(parameters: list[nn.Parameter]) -> Callable[[], None]:
     gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     moments = Moments8bit(weight.numel(), weight.device)
     group = {**SETTINGS, "betas": (0.9, 0.999), "eps": 1e-8}
-    return lambda: moments.update(weight, gradient, 0, 1, group)
+    part = moments.part(0, weight.numel())
+    return lambda: moments.update(weight, gradient, part, 1, group)
 
 
 def twins(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -143,9 +156,12 @@ def main() -> None:
     """Read the command line, measure, print and write."""
     arguments = parser(__doc__, repeats=15)
     arguments.add_argument("--device", choices=tuple(NARROWER), default="cpu")
+    arguments.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table here")
     given = arguments.parse_args()
     report = measure(given.repeats, given.device)
     print(report.text())
+    if given.markdown is not None:
+        given.markdown.write_text(report.markdown())
     if given.json is not None:
         where = environment() | ({"GPU": torch.cuda.get_device_name()} if given.device == "cuda" else {})
         given.json.write_text(json.dumps({"environment": where, **report.to_json()}, indent=2) + "\n")
