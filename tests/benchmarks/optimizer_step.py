@@ -75,11 +75,11 @@ def measure(rounds: int, device: str) -> Report:
 
 
 NOTE = (
-    "A ratio is the median over the rounds of ours / theirs in the same round. *bitsandbytes* is `PagedAdamW8bit`, tensor "
-    "by tensor; before timing, parameters after three steps are compared with it bit for bit. *torch fused* is "
+    "A ratio is the median over the rounds of ours / theirs in the same round. *bitsandbytes* is `PagedAdamW8bit`, "
+    "tensor by tensor; before timing, parameters after three steps are compared with it bit for bit. *torch fused* is "
     "`AdamW(fused=True)`, with moments in 32 bits. *update alone* is bitsandbytes' update of one buffer of all "
-    "parameters in 8 bits, as if nothing had to be gathered. d is the width of the model; at 128 the smaller half of the "
-    "tensors has less than 4096 elements, and so moments in 32 bits with both."
+    "parameters in 8 bits, as if nothing had to be gathered. d is the width of the model; at 128 most tensors have "
+    "less than 4096 elements, and so moments in 32 bits with both."
 )
 
 PEERS = ("bitsandbytes", "torch fused", "update alone")
