@@ -4,6 +4,7 @@ import copy
 import pickle
 from pathlib import Path
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,7 @@ from lightning_lora import (
     load_adapter,
     merge,
 )
+from lightning_lora.callbacks.checkpoints import check_optimizers
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
 from lightning_lora.quantization.nf4 import NF4Linear
@@ -651,6 +653,14 @@ def test_a_checkpoint_of_another_optimizer_is_refused_naming_both(module, traine
         trainer(LoRACallback(r=4, optimizer=second)).fit(
             same_module(), loader(), ckpt_path=run.checkpoint_callback.best_model_path
         )
+
+
+def test_a_checkpoint_of_the_paged_adamw_of_bitsandbytes_is_taken_up_and_not_the_other_way_round():
+    theirs, ours = "bitsandbytes.optim.PagedAdamW8bit", "lightning_lora.optim.FlatPagedAdamW8bit"
+    parameters = [nn.Parameter(torch.zeros(2, 2))]
+    check_optimizers({"lightning_lora": {"optimizers": [theirs]}}, [FlatPagedAdamW8bit(parameters)])
+    with pytest.raises(CheckpointError, match=f"the state of {ours}, this run uses {theirs}"):
+        check_optimizers({"lightning_lora": {"optimizers": [ours]}}, [bitsandbytes.optim.PagedAdamW8bit(parameters)])
 
 
 def test_a_failed_test_leaves_the_module_merged(module, trainer):
