@@ -46,11 +46,11 @@ from lightning_lora.errors import OptimizerError, listing
 from lightning_lora.io.adapter_folder import save_adapter
 from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.export import write_model
+from lightning_lora.io.keys import canonical
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.targets import ALL_LINEAR
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.optim.lora_plus import check_rate
-from lightning_lora.optim.paged_adamw import page_again
 from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import check_references, rewrite_optimizers
 from lightning_lora.quantization.config import NF4Config
@@ -63,7 +63,7 @@ class LoRACallback(Callback):
 
     When the model stands (after ``__init__``, ``setup`` and ``configure_model``), adapters are put into its linear
     layers, everything else is frozen, and the frozen layers under the adapters are quantized. ``torch.optim.Adam`` and
-    ``AdamW`` become bitsandbytes' paged 8-bit AdamW over the adapters alone, with their schedulers kept. Checkpoints
+    ``AdamW`` become a paged 8-bit AdamW over the adapters alone, with their schedulers kept. Checkpoints
     hold the adapters alone and resume bit for bit, in the middle of an epoch too with a stateful loader. After training
     the adapters are merged: the module then holds plain layers with its original keys, whose parameters stay frozen
     until ``requires_grad_(True)``.
@@ -356,6 +356,7 @@ class LoRACallback(Callback):
             paged_8bit=self.paged_8bit,
             lr_ratio=self.lr_ratio,
             owners=finetune.owners,
+            names={p: canonical(name) for name, p in module.named_parameters()},
         )
         if not module.automatic_optimization:
             check_references(module, built, strategy.optimizers)
@@ -406,5 +407,4 @@ def _before_save(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 def _after_optimizers_loaded(optimizers: list[Optimizer]) -> None:
     for optimizer in optimizers:
-        page_again(optimizer)
         rank_zero_info(f"LoRA: resumed {optimizer_report(optimizer)}")

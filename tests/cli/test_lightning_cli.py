@@ -160,7 +160,7 @@ def test_every_value_can_be_set_on_the_command_line(options, attribute, value):
 
 @pytest.mark.parametrize(
     ("section", "trained_by"),
-    [({"r": 4}, "PagedAdamW8bit"), ({"r": 4, "quantization": None, "optimizer": None}, "AdamW")],
+    [({"r": 4}, "FlatPagedAdamW8bit"), ({"r": 4, "quantization": None, "optimizer": None}, "AdamW")],
     ids=["qlora", "lora"],
 )
 def test_the_optimizer_section_trains_the_adapters_on_its_schedule(config, section, trained_by):
