@@ -50,10 +50,15 @@ class AdaptedLayer(nn.Module):
         if self.rows is not None and self.rows.mixed:
             routed: Tensor = self.rows.forward(self, x)
             return routed
-        y: Tensor = self.base_layer(x)
-        if self.base_lacks is not None and self.base_lacks not in self._computing:
-            y = self.adapter(self.base_lacks).put_back(y, x)
-        for name in self._computing:
+        names = self._computing
+        lacking = self.base_lacks if self.base_lacks not in names else None
+        if names and lacking is None:
+            y = self.adapter(names[0]).over(x, self.base_layer)
+            names = names[1:]
+        else:
+            y = self.base_layer(x)
+            y = y if lacking is None else self.adapter(lacking).put_back(y, x)
+        for name in names:
             y = self.adapters[name](x, y, self.base_layer)
         return y
 

@@ -60,6 +60,10 @@ class QuantizedLinear(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the packed weight is."""
 
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """What :meth:`forward` multiplies in to give an output of ``dtype``."""
+        return dtype
+
     @abstractmethod
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return ``W`` of shape ``(O, I)`` in ``dtype``: exactly the weight that :meth:`forward` multiplies with."""
@@ -168,6 +172,12 @@ def share_hooks(source: nn.Module, target: nn.Module) -> None:
     """
     for key in _HOOKS:
         vars(target)[key] = vars(source)[key]
+
+
+def is_called_as_it_is(layer: nn.Module) -> bool:
+    """Whether calling ``layer`` runs its class's ``forward`` and nothing else: no hook, nothing put in its place."""
+    own = vars(layer)
+    return "forward" not in own and not any(own[key] for key in _HOOKS)
 
 
 def hand_over_hooks(source: nn.Module, target: nn.Module) -> None:

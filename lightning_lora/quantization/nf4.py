@@ -123,11 +123,15 @@ class NF4Linear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., I)`` to ``(..., O)`` in the input's dtype, or in autocast's where that is on."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        compute = self.config.compute_dtype or dtype
+        compute = self.computes_in(dtype)
         bias = None if self.bias is None else self.bias.to(compute)
         with torch.autocast(x.device.type, enabled=False):  # it would override compute_dtype
             y: Tensor = _DequantizedLinear.apply(x.to(compute), bias, self)  # type: ignore[no-untyped-call]
         return y.to(dtype)
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """What the config says, or ``dtype`` where it says nothing."""
+        return self.config.compute_dtype or dtype
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight of shape ``(O, I)`` that :meth:`forward` multiplies with when it computes in ``dtype``."""
