@@ -57,6 +57,16 @@ class Adapter(nn.Module, ABC):
             base_layer: The frozen layer below.
         """
 
+    def over(self, x: Tensor, base_layer: nn.Module) -> Tensor:
+        """Return the adapted output of a layer that was not called yet: for an adapter that can do better together.
+
+        Args:
+            x: The layer's input.
+            base_layer: The frozen layer below.
+        """
+        y: Tensor = self(x, base_layer(x), base_layer)
+        return y
+
     @abstractmethod
     def merged(self, weight: Tensor) -> Tensor:
         """Return the weight of the plain layer that computes what this adapter over ``weight`` does."""

@@ -21,8 +21,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCRIPTS = (
     "linear_step.py",
+    "transformer_step.py",
     "dora_step.py",
     "saved_activations.py",
+    "recomputation.py",
     "injection.py",
     "quantization_memory.py",
     "callback_overhead.py",
