@@ -184,7 +184,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 def _merged(path: Path) -> dict[str, Any]:
     files = BaseFiles(path)
-    metadata = _merged_metadata(path)
+    metadata = _merged_metadata(files)
     outline = files.outline.values()
     return {
         "what": "merged model" if metadata.get("merged") else "model",
@@ -201,9 +201,8 @@ def _merged(path: Path) -> dict[str, Any]:
     }
 
 
-def _merged_metadata(path: Path) -> dict[str, Any]:
-    first = next(iter(sorted(path.glob("model*.safetensors"))))
-    with safe_open(first, "pt") as file:
+def _merged_metadata(files: BaseFiles) -> dict[str, Any]:
+    with safe_open(files.paths[0], "pt") as file:
         text = (file.metadata() or {}).get(KEY, "{}")
     try:
         found = json.loads(text)

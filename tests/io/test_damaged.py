@@ -293,6 +293,18 @@ def test_another_base_is_refused(model, words, folder):
         load_adapter(model(), folder)
 
 
+def test_a_save_killed_between_its_two_files_is_the_new_adapter(folder, tmp_path, caplog):
+    old = (folder / CONFIG).read_bytes()
+    model = inject(base(), ["q_proj", "up_proj"], LoRAConfig(r=4, alpha=3))
+    save_adapter(randomize(model), folder)
+    (folder / CONFIG).write_bytes(old)
+    assert torch.equal(load_adapter(base(), folder)(TOKENS), model(TOKENS))
+    assert "the last was interrupted" in caplog.text
+    edit_config(lora_alpha=5)(folder)  # what is neither of the two was edited
+    with pytest.raises(AdapterError, match="does not name: blocks"):
+        load_adapter(base(), folder)
+
+
 def test_the_same_base_in_other_bits_is_that_base(folder):
     load_adapter(quantize(trained(seed=9)), folder)
 

@@ -12,7 +12,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_lora import AdapterError, LoRAConfig, MergeError, export_merged, inject, merge, quantize, save_adapter
+from lightning_lora import (
+    AdapterError,
+    DoRAConfig,
+    LoRAConfig,
+    LoRAFAConfig,
+    MergeError,
+    VeRAConfig,
+    delete_adapter,
+    export_merged,
+    inject,
+    merge,
+    quantize,
+    save_adapter,
+)
 from lightning_lora.io.shards import as_bytes
 from lightning_lora.model.layers import adapted_layers
 from tests.conftest import Net, randomize
@@ -219,3 +232,51 @@ def test_transformers_loads_the_export_and_gives_the_adapted_logits(quantized, s
     # the order of summation alone differs: x(W + BA) against xW + xAB, in float32
     assert (logits - adapted_logits).abs().max() <= 1e-5 * adapted_logits.abs().max()
     assert (plain - adapted_logits).abs().max() > 0.1 * adapted_logits.abs().max()
+
+
+METHODS = {
+    "lora": LoRAConfig(r=4),
+    "dora": DoRAConfig(r=4),
+    "lora_fa": LoRAFAConfig(r=4),
+    "vera": VeRAConfig(r=4),
+    "pissa": LoRAConfig(r=4, init="pissa"),
+    "loftq": LoRAConfig(r=4, init="loftq"),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_every_method_and_start_is_written_as_it_merges_on_attention_too(config, quantized, dtype, tmp_path):
+    if config.starts_from == "quantization" and not quantized:
+        pytest.skip("loftq starts where the base is quantized")
+    model = nn.ModuleDict({"enc": nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), "out": nn.Linear(64, 64)})
+    inject(model, ["enc.self_attn.*_proj", "enc.linear1"], config)
+    if quantized:
+        quantize(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)  # a start is a place to go from
+    export_merged(model, tmp_path, dtype=dtype)
+    merged = merge(model, dtype=dtype).state_dict()
+    found = read(tmp_path)
+    assert "enc.self_attn.in_proj_weight" in found
+    assert_equal(found, {key: tensor if dtype is None else tensor.to(dtype) for key, tensor in merged.items()})
+
+
+def test_a_quantized_attention_that_has_lost_its_adapters_is_refused(tmp_path):
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(64, 4), "out": nn.Linear(64, 64)})
+    quantize(inject(model, "attn.q_proj", LoRAConfig(r=2)))
+    inject(model, "out", LoRAConfig(r=2), name="other")
+    delete_adapter(model, "default")
+    with pytest.raises(MergeError, match=r"attn\.q_proj.* is quantized and has no adapter"):
+        export_merged(model, tmp_path)
+
+
+def test_shards_written_over_shards_never_take_the_names_in_use(tmp_path):
+    for number in range(3):
+        model = randomize(adapted(), std=0.1 + number)
+        export_merged(model, tmp_path, max_shard_size="40KB")
+        names = {path.name for path in tmp_path.glob("*.safetensors")}
+        assert all(name.startswith("model-b-" if number % 2 else "model-0") for name in names)
+        assert_equal(read(tmp_path), merge(model).state_dict())
