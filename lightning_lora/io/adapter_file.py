@@ -29,6 +29,9 @@ from lightning_lora.io.notes import tell
 from lightning_lora.model.merge import is_finite
 from lightning_lora.nn.fingerprint import sha256
 
+AGAIN = "Put back what was saved, or copy the folder again from where it came from"
+"""The remedy for damage."""
+
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MAX_HEADER_BYTES = 32 * 2**20
@@ -120,7 +123,7 @@ def read(folder: Path) -> AdapterFile:
     if WEIGHTS in absent and any(p.suffix in _PICKLES for p in folder.iterdir()):
         raise AdapterError(_PICKLE.format(folder))
     if absent:
-        raise AdapterError(f"{listing(absent)} is missing; a complete adapter has both {CONFIG} and {WEIGHTS}")
+        raise AdapterError(f"{listing(absent)} is missing; a complete adapter has both {CONFIG} and {WEIGHTS}. {AGAIN}")
     with _opened(folder / WEIGHTS) as file:
         tensors = {key: _outline(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
         metadata = _metadata(file.metadata() or {})
@@ -130,7 +133,9 @@ def read(folder: Path) -> AdapterFile:
         raise AdapterError(f"{CONFIG}: {error}") from None
     foreign = [key for key, tensor in tensors.items() if tensor.dtype not in _FLOATS and split_adapter_key(key)]
     if foreign:
-        raise AdapterError(f"{WEIGHTS} holds {tensors[foreign[0]].dtype} in {listing(foreign)}, expected floats")
+        raise AdapterError(
+            f"{WEIGHTS} holds {tensors[foreign[0]].dtype} in {listing(foreign)}, expected floats. {AGAIN}"
+        )
     if metadata is not None:
         _check_sums_cover(metadata, tensors)
     return _sorted_out(settings, tensors, metadata)
@@ -156,7 +161,9 @@ def load(folder: Path, file: AdapterFile) -> AdapterFile:
         )
     broken = [key for key, tensor in tensors.items() if not is_finite(tensor.float())]
     if broken:
-        raise AdapterError(f"{WEIGHTS} holds NaN or infinity in {listing(broken)}")
+        raise AdapterError(
+            f"{WEIGHTS} holds NaN or infinity in {listing(broken)}. The training diverged: go back to another save"
+        )
     return _sorted_out(file.settings, tensors, file.metadata)
 
 
@@ -169,7 +176,10 @@ def _settings(folder: Path, metadata: Mapping[str, Any] | None) -> dict[str, Any
     if metadata is not None and metadata.get(_REPLACED) == hashlib.sha256(data).hexdigest():
         tell(f"{folder}: {CONFIG} is of an earlier save, the last was interrupted; its config is in {WEIGHTS}")
         data = json.dumps(metadata.get(_SETTINGS)).encode()
-    settings = peft.parse(data)
+    try:
+        settings = peft.parse(data)
+    except AdapterError as error:
+        raise AdapterError(f"{error}. {AGAIN}") from None
     peft.check_supported(settings)
     return settings
 
@@ -190,19 +200,19 @@ def _opened(path: Path) -> Iterator[Any]:
         if size > MAX_HEADER_BYTES:
             raise AdapterError(
                 f"{path.name} is no safetensors file, or damaged: its header would have {size:,} bytes, more than any "
-                f"adapter's ({MAX_HEADER_BYTES:,})"
+                f"adapter's ({MAX_HEADER_BYTES:,}). {AGAIN}"
             )
         with safe_open(path, "pt") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path.name} is truncated or no safetensors file ({error})") from None
+        raise AdapterError(f"{path.name} is truncated or no safetensors file ({error}). {AGAIN}") from None
 
 
 def _outline(part: Any) -> Tensor:
     """A tensor of the shape and dtype that a header gives, without memory."""
     name = part.get_dtype()
     if name not in DTYPES:
-        raise AdapterError(f"{WEIGHTS} holds tensors of dtype {name}, which no adapter has")
+        raise AdapterError(f"{WEIGHTS} holds tensors of dtype {name}, which no adapter has. {AGAIN}")
     return torch.empty(part.get_shape(), dtype=DTYPES[name], device="meta")
 
 
@@ -215,7 +225,7 @@ def _metadata(texts: Mapping[str, str]) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
-        raise AdapterError(f"{WEIGHTS} has a damaged header")
+        raise AdapterError(f"{WEIGHTS} has a damaged header. {AGAIN}")
     version = metadata.get("version")
     if version != VERSION:
         raise AdapterError(
@@ -228,12 +238,12 @@ def _metadata(texts: Mapping[str, str]) -> dict[str, Any] | None:
 def _check_sums_cover(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     sums = metadata.get("sha256")
     if not isinstance(sums, dict):
-        raise AdapterError(f"{WEIGHTS} has a damaged header: it lacks the checksums of the tensors")
+        raise AdapterError(f"{WEIGHTS} has a damaged header: it lacks the checksums of the tensors. {AGAIN}")
     lost, extra = sorted(sums.keys() - tensors.keys()), sorted(tensors.keys() - sums.keys())
     if lost or extra:
         raise AdapterError(
             f"{WEIGHTS} was changed since it was written: it lacks {listing(lost) or 'nothing'} and has beyond what "
-            f"was written {listing(extra) or 'nothing'}"
+            f"was written {listing(extra) or 'nothing'}. {AGAIN}"
         )
 
 

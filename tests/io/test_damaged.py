@@ -262,6 +262,7 @@ def test_damage_is_named_and_nothing_changes(damage, words, present, folder):
     assert re.search(words, said, re.DOTALL), said
     assert said.startswith(str(folder))
     assert len(said.splitlines()) <= 6
+    assert re.search(r"\. (Put back|Copy it|Load |Update it|In |Go back)|; only names", said), said
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
