@@ -11,6 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_lora import (
     AdapterError,
@@ -280,3 +283,39 @@ def test_shards_written_over_shards_never_take_the_names_in_use(tmp_path):
         names = {path.name for path in tmp_path.glob("*.safetensors")}
         assert all(name.startswith("model-b-" if number % 2 else "model-0") for name in names)
         assert_equal(read(tmp_path), merge(model).state_dict())
+
+
+class Tracked(TorchDispatchMode):
+    """Counts the bytes of all tensors made within the context that are still alive, and keeps the most there were."""
+
+    def __init__(self, before: nn.Module) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in before.state_dict().values()}
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: each for key, each in self.alive.items() if not each[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return made
+
+
+@pytest.mark.parametrize("size", ["5GB", "500KB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_an_export_holds_a_layer_and_its_update_and_no_more(quantized, dtype, size, tmp_path):
+    model = randomize(inject(Net(width=256, depth=6).to(dtype), config=LoRAConfig(r=2)))
+    if quantized:
+        quantize(model)
+    with Tracked(model) as tracked:
+        export_merged(model, tmp_path, max_shard_size=size)
+    largest = 256 * 512 * 4  # sums are in float32
+    # 16 KB are for the factors and what is small.
+    assert largest < tracked.peak <= 2 * largest + 2**14
+    assert tracked.peak < sum(t.nbytes for t in read(tmp_path).values()) / 2
