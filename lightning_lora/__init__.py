@@ -18,6 +18,7 @@ from lightning_lora.errors import (
 )
 from lightning_lora.io.adapter_folder import adapter_state_dict, load_adapter, save_adapter
 from lightning_lora.io.export import export_merged
+from lightning_lora.io.hub import pull_adapter, push_adapter
 from lightning_lora.model.active import activate, delete_adapter, disabled
 from lightning_lora.model.combine import combine
 from lightning_lora.model.eva import initialize_eva
@@ -76,6 +77,8 @@ __all__ = [
     "load_from_checkpoint",
     "merge",
     "param_groups",
+    "pull_adapter",
+    "push_adapter",
     "quantize",
     "routed",
     "save_adapter",

@@ -14,7 +14,7 @@ BELOW = {
     "nn": {"errors"},
     "model": {"errors", "nn"},
     "quantization": {"errors", "dependencies", "kernels", "nn", "model"},
-    "io": {"errors", "nn", "model"},
+    "io": {"errors", "dependencies", "nn", "model"},
     "optim": {"errors", "dependencies", "nn", "model"},
     "metrics": {"errors", "nn", "model"},
     "callbacks": {"errors", "nn", "model", "quantization", "io", "optim", "metrics"},
@@ -41,6 +41,7 @@ ONLY_IN = {
     "matplotlib": {"cli"},
     "rich": {"cli"},
     "triton": {"kernels"},
+    "huggingface_hub": {"io"},  # for its types; imported by dependencies.huggingface_hub(), at run time
 }
 
 

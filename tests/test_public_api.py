@@ -44,6 +44,8 @@ NAMES = {
     "load_from_checkpoint",
     "merge",
     "param_groups",
+    "pull_adapter",
+    "push_adapter",
     "quantize",
     "routed",
     "save_adapter",
