@@ -10,6 +10,23 @@ from types import ModuleType
 from lightning_lora.errors import UnsupportedError
 
 
+def huggingface_hub(purpose: str) -> ModuleType:
+    """Import huggingface_hub.
+
+    Args:
+        purpose: What asked for it: ``push_adapter``.
+
+    Raises:
+        UnsupportedError: If it is not installed.
+    """
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise UnsupportedError(
+            f'{purpose} needs huggingface_hub ({error}). Install it with: pip install "lightning-lora[hub]"'
+        ) from error
+
+
 def bitsandbytes(purpose: str) -> ModuleType:
     """Import bitsandbytes.
 

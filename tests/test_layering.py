@@ -14,20 +14,34 @@ BELOW = {
     "nn": {"errors"},
     "model": {"errors", "nn"},
     "quantization": {"errors", "dependencies", "kernels", "nn", "model"},
-    "io": {"errors", "nn", "model"},
+    "io": {"errors", "dependencies", "nn", "model"},
     "optim": {"errors", "dependencies", "nn", "model"},
-    "callbacks": {"errors", "nn", "model", "quantization", "io", "optim"},
+    "metrics": {"errors", "nn", "model"},
+    "callbacks": {"errors", "nn", "model", "quantization", "io", "optim", "metrics"},
     "strategies": {"errors", "callbacks"},
-    "cli": {"errors", "dependencies", "nn", "model", "quantization", "io", "optim", "callbacks", "strategies"},
+    "cli": {
+        "errors",
+        "dependencies",
+        "nn",
+        "model",
+        "quantization",
+        "io",
+        "optim",
+        "metrics",
+        "callbacks",
+        "strategies",
+    },
 }
 ONLY_IN = {
     "lightning": {"callbacks", "strategies", "cli"},
+    "torchmetrics": {"metrics"},
     "jsonargparse": {"cli"},
     "bitsandbytes": set(),  # only by dependencies.bitsandbytes(), at run time
     "transformers": {"cli"},
     "matplotlib": {"cli"},
     "rich": {"cli"},
     "triton": {"kernels"},
+    "huggingface_hub": {"io"},  # for its types; imported by dependencies.huggingface_hub(), at run time
 }
 
 

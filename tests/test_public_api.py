@@ -11,6 +11,7 @@ import lightning_lora
 
 NAMES = {
     "AdapterError",
+    "AdapterMonitor",
     "CheckpointError",
     "DoRAConfig",
     "GradientError",
@@ -32,6 +33,7 @@ NAMES = {
     "activate",
     "adapter_parameters",
     "adapter_state_dict",
+    "chunked_cross_entropy",
     "combine",
     "delete_adapter",
     "disabled",
@@ -42,6 +44,8 @@ NAMES = {
     "load_from_checkpoint",
     "merge",
     "param_groups",
+    "pull_adapter",
+    "push_adapter",
     "quantize",
     "routed",
     "save_adapter",

@@ -16,6 +16,7 @@ from lightning_lora.io.checkpoint_file import seal
 from lightning_lora.io.description import KEY, differences
 from lightning_lora.io.fingerprint import compare
 from lightning_lora.io.keys import canonical
+from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
 from lightning_lora.optim.report import class_name
 
 
@@ -108,8 +109,13 @@ def check_optimizers(checkpoint: Mapping[str, Any], optimizers: Sequence[Optimiz
     """
     here = [class_name(optimizer) for optimizer in optimizers]
     saved = checkpoint[KEY]["optimizers"]
-    if saved != here:
+    if len(saved) != len(here) or any(map(_unreadable, saved, optimizers)):
         raise CheckpointError(
             f"this checkpoint holds the state of {listing(saved) or 'no optimizer'}, this run uses {listing(here)}. "
             "Set the callback's optimizer= and configure_optimizers as they were"
         )
+
+
+def _unreadable(saved: str, optimizer: Optimizer) -> bool:
+    also = optimizer.also_reads if isinstance(optimizer, FlatPagedAdamW8bit) else ()
+    return saved not in (class_name(optimizer), *also)

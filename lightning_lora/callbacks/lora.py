@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lora.callbacks.activation_checkpointing import checkpoint_blocks
 from lightning_lora.callbacks.adapting import adapt, network
 from lightning_lora.callbacks.averaging import adapt_early, averagers, check_averagers, check_norms, set_averages_aside
 from lightning_lora.callbacks.checkpoints import check_optimizers, complete_checkpoint, reduce_checkpoint
@@ -45,11 +46,11 @@ from lightning_lora.errors import OptimizerError, listing
 from lightning_lora.io.adapter_folder import save_adapter
 from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.export import write_model
+from lightning_lora.io.keys import canonical
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.targets import ALL_LINEAR
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.optim.lora_plus import check_rate
-from lightning_lora.optim.paged_adamw import page_again
 from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import check_references, rewrite_optimizers
 from lightning_lora.quantization.config import NF4Config
@@ -62,7 +63,7 @@ class LoRACallback(Callback):
 
     When the model stands (after ``__init__``, ``setup`` and ``configure_model``), adapters are put into its linear
     layers, everything else is frozen, and the frozen layers under the adapters are quantized. ``torch.optim.Adam`` and
-    ``AdamW`` become bitsandbytes' paged 8-bit AdamW over the adapters alone, with their schedulers kept. Checkpoints
+    ``AdamW`` become a paged 8-bit AdamW over the adapters alone, with their schedulers kept. Checkpoints
     hold the adapters alone and resume bit for bit, in the middle of an epoch too with a stateful loader. After training
     the adapters are merged: the module then holds plain layers with its original keys, whose parameters stay frozen
     until ``requires_grad_(True)``.
@@ -94,6 +95,9 @@ class LoRACallback(Callback):
         output_dir: Folder for the adapter (in PEFT's format) at the end of training; with ``merge``, its subfolder
             ``merged`` gets the merged model, and without adapters the trained one.
         adapter: Folder of a saved adapter to start from. Its rank, scaling and targets are used.
+        activation_checkpointing: Names or globs of modules (``"layers"``) whose activations are recomputed in the
+            backward pass instead of kept; ``"auto"`` recomputes the repeated blocks of a model on a GPU if they would
+            not fit; None keeps all.
         on_save_error: What to do when a checkpoint cannot be written (a full disk): ``"raise"``, or ``"warn"`` and go
             on training; the last good checkpoint stays in either case.
 
@@ -119,6 +123,7 @@ class LoRACallback(Callback):
         merge: bool = True,
         output_dir: str | Path | None = None,
         adapter: str | Path | None = None,
+        activation_checkpointing: str | Iterable[str] | None = None,
         on_save_error: str = "raise",
     ) -> None:
         super().__init__()
@@ -142,6 +147,11 @@ class LoRACallback(Callback):
         self.lr_ratio = lr_ratio
         self.merge = merge
         self.output_dir = output_dir
+        self.activation_checkpointing = (
+            activation_checkpointing
+            if activation_checkpointing is None or isinstance(activation_checkpointing, str)
+            else tuple(activation_checkpointing)
+        )
         self.on_save_error = on_save_error
         self._begin()
 
@@ -197,6 +207,9 @@ class LoRACallback(Callback):
         """Switch the adapters to training mode, whatever mode the base was brought in: their dropout was asked for."""
         for layer in adapted_layers(pl_module).values():
             layer.adapters.train()
+        if self.activation_checkpointing is not None:
+            device = trainer.strategy.root_device
+            self._undo += checkpoint_blocks(pl_module, self.activation_checkpointing, device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give a resumed run the rest of its state, and keep running statistics of frozen norms: the base stays."""
@@ -343,6 +356,7 @@ class LoRACallback(Callback):
             paged_8bit=self.paged_8bit,
             lr_ratio=self.lr_ratio,
             owners=finetune.owners,
+            names={p: canonical(name) for name, p in module.named_parameters()},
         )
         if not module.automatic_optimization:
             check_references(module, built, strategy.optimizers)
@@ -393,5 +407,4 @@ def _before_save(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 def _after_optimizers_loaded(optimizers: list[Optimizer]) -> None:
     for optimizer in optimizers:
-        page_again(optimizer)
         rank_zero_info(f"LoRA: resumed {optimizer_report(optimizer)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_lora.callbacks.wraps import substitute
 from lightning_lora.errors import CheckpointError
 from lightning_lora.io.atomic import replacing
-from lightning_lora.io.checkpoint_file import require_sealed, require_whole
+from lightning_lora.io.checkpoint_file import not_plain, require_sealed, require_whole
 from lightning_lora.io.description import KEY
 
 ON_SAVE_ERROR = ("raise", "warn")
@@ -66,7 +67,10 @@ class DurableCheckpointIO(TorchCheckpointIO):
             raise CheckpointError(f"{path} is a URL, and a checkpoint read from one can run code. Download it first")
         if isinstance(get_filesystem(path), LocalFileSystem):
             require_whole(Path(LocalFileSystem._strip_protocol(str(path))))
-        checkpoint = super().load_checkpoint(path, *arguments, **options)
+        try:
+            checkpoint = super().load_checkpoint(path, *arguments, **options)
+        except pickle.UnpicklingError as error:
+            raise not_plain(path, error) from None
         if isinstance(checkpoint.get(KEY), dict):
             require_sealed(checkpoint, path)
         return checkpoint

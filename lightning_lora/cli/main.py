@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands, shared)
     _add_merge(commands, shared)
     _add_files(commands, shared)
+    _add_plot(commands, shared)
     for name, text in RUNS.items():
         commands.add_parser(name, help=text, add_help=False)  # for this help alone
     doctor = commands.add_parser(
@@ -219,6 +220,48 @@ def _merge(options: argparse.Namespace) -> int:
     return merging.merge(options)
 
 
+def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
+    plot = commands.add_parser(
+        "plot",
+        parents=[shared],
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="draw runs and adapters",
+        description=(
+            "Draws one picture of runs or adapters and writes it as PNG, SVG or both (extra: plot).\n\n"
+            "  curves      metrics of runs over the steps, a line for each run\n"
+            "  spectra     singular values of the update of each layer, and its effective rank\n"
+            "  similarity  directions that two adapters share: phi of the LoRA paper, section 7.2\n"
+            "  memory      what training holds: base, adapters, gradients, optimizer, activations\n"
+            "  norms       how far each layer has been moved"
+        ),
+        epilog=(
+            "A run is a folder with the metrics.csv of Lightning's CSVLogger in it or below, or that of the demo. An\n"
+            "adapter is a folder with adapter_config.json, ours or PEFT's, or a .ckpt of LoRACallback.\n\n"
+            "examples:\n"
+            "  lightning-lora demo && lightning-lora plot lora_demo --what spectra\n"
+            "  lightning-lora plot logs/version_0 logs/version_1 --what curves --metric val_loss --out loss.png\n"
+            "  lightning-lora plot adapter_r8 adapter_r64 --what similarity --layers '*.q_proj' --out figures/phi"
+        ),
+    )
+    plot.add_argument("paths", type=Path, nargs="+", metavar="RUN|ADAPTER", help="folders, or .ckpt files")
+    plot.add_argument(
+        "--what",
+        choices=("curves", "spectra", "similarity", "memory", "norms"),
+        help="which picture (default: curves of runs, spectra of an adapter, similarity of two)",
+    )
+    plot.add_argument(
+        "--out", type=Path, help="file .png or .svg, or a name without suffix for both (default: the picture's name)"
+    )
+    plot.add_argument(
+        "--metric", action="append", default=[], metavar="NAME", help="a curve to draw; may be given several times"
+    )
+    plot.add_argument(
+        "--layers", action="append", default=[], metavar="GLOB", help="layers to draw; may be given several times"
+    )
+    plot.set_defaults(run=_plot)
+
+
 def _positive(text: str) -> int:
     try:
         value = int(text)
@@ -245,6 +288,12 @@ def _demo(options: argparse.Namespace) -> int:
         chosen = task.byte_task(base, options.data)
     run.run(chosen, options.out, steps=options.steps, r=options.r)
     return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from lightning_lora.cli.plot import command
+
+    return command.plot(options)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ file claims is compared with the model before a byte of it is believed. ``load``
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,16 +21,21 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import peft
-from lightning_lora.io.atomic import replacing
+from lightning_lora.io.atomic import replacing_all
 from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.dtypes import DTYPES
 from lightning_lora.io.keys import adapter_key, split_adapter_key
+from lightning_lora.io.notes import tell
 from lightning_lora.model.merge import is_finite
 from lightning_lora.nn.fingerprint import sha256
+
+AGAIN = "Put back what was saved, or copy the folder again from where it came from"
+"""The remedy for damage."""
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MAX_HEADER_BYTES = 32 * 2**20
+_REPLACED, _SETTINGS = "replaced_config_sha256", "config"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PICKLE = (
@@ -56,6 +62,10 @@ def write(
 ) -> None:
     """Write both files; the old pair stays until both new ones are on disk.
 
+    Two files cannot take their places in one step. Where an adapter with another config is written over, the header of
+    the weights, which come first, says which config they replace and what takes its place: a reader that finds the old
+    one, because the writer was killed between the two, has the new one.
+
     Args:
         folder: Where to; made if it is not there.
         tensors: Tensors by their on-disk names.
@@ -67,8 +77,11 @@ def write(
         OSError: If the folder cannot be written.
     """
     copies = _copies(tensors)
-    sums = {key: sha256(tensor) for key, tensor in copies.items()}
-    data = save(copies, {"format": "pt", KEY: json.dumps({**metadata, "sha256": sums}, sort_keys=True)})
+    said = {**metadata, "sha256": {key: sha256(tensor) for key, tensor in copies.items()}}
+    replaced = _config_bytes(folder)
+    if replaced is not None and replaced != peft.dump(settings):
+        said |= {_REPLACED: hashlib.sha256(replaced).hexdigest(), _SETTINGS: settings}
+    data = save(copies, {"format": "pt", KEY: json.dumps(said, sort_keys=True)})
     _write_both(folder, data, settings)
 
 
@@ -88,7 +101,7 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_both(folder: Path, data: bytes, settings: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / CONFIG) as config, replacing(folder / WEIGHTS) as weights:
+    with replacing_all([folder / WEIGHTS, folder / CONFIG]) as (weights, config):
         weights.write_bytes(_with_sorted_header(data))
         config.write_bytes(peft.dump(settings))
 
@@ -110,17 +123,19 @@ def read(folder: Path) -> AdapterFile:
     if WEIGHTS in absent and any(p.suffix in _PICKLES for p in folder.iterdir()):
         raise AdapterError(_PICKLE.format(folder))
     if absent:
-        raise AdapterError(f"{listing(absent)} is missing; a complete adapter has both {CONFIG} and {WEIGHTS}")
-    try:
-        settings = _settings(folder / CONFIG)
-    except AdapterError as error:
-        raise AdapterError(f"{CONFIG}: {error}") from None
+        raise AdapterError(f"{listing(absent)} is missing; a complete adapter has both {CONFIG} and {WEIGHTS}. {AGAIN}")
     with _opened(folder / WEIGHTS) as file:
         tensors = {key: _outline(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
         metadata = _metadata(file.metadata() or {})
+    try:
+        settings = _settings(folder, metadata)
+    except AdapterError as error:
+        raise AdapterError(f"{CONFIG}: {error}") from None
     foreign = [key for key, tensor in tensors.items() if tensor.dtype not in _FLOATS and split_adapter_key(key)]
     if foreign:
-        raise AdapterError(f"{WEIGHTS} holds {tensors[foreign[0]].dtype} in {listing(foreign)}, expected floats")
+        raise AdapterError(
+            f"{WEIGHTS} holds {tensors[foreign[0]].dtype} in {listing(foreign)}, expected floats. {AGAIN}"
+        )
     if metadata is not None:
         _check_sums_cover(metadata, tensors)
     return _sorted_out(settings, tensors, metadata)
@@ -146,17 +161,34 @@ def load(folder: Path, file: AdapterFile) -> AdapterFile:
         )
     broken = [key for key, tensor in tensors.items() if not is_finite(tensor.float())]
     if broken:
-        raise AdapterError(f"{WEIGHTS} holds NaN or infinity in {listing(broken)}")
+        raise AdapterError(
+            f"{WEIGHTS} holds NaN or infinity in {listing(broken)}. The training diverged: go back to another save"
+        )
     return _sorted_out(file.settings, tensors, file.metadata)
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    if size > peft.MAX_CONFIG_BYTES:
+def _settings(folder: Path, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The config; the one that belongs to the weights where it did not come to take its place."""
+    data = _config_bytes(folder)
+    if data is None:
+        size = (folder / CONFIG).stat().st_size
         raise AdapterError(f"it has {size:,} bytes, more than any adapter config ({peft.MAX_CONFIG_BYTES:,})")
-    settings = peft.parse(path.read_bytes())
+    if metadata is not None and metadata.get(_REPLACED) == hashlib.sha256(data).hexdigest():
+        tell(f"{folder}: {CONFIG} is of an earlier save, the last was interrupted; its config is in {WEIGHTS}")
+        data = json.dumps(metadata.get(_SETTINGS)).encode()
+    try:
+        settings = peft.parse(data)
+    except AdapterError as error:
+        raise AdapterError(f"{error}. {AGAIN}") from None
     peft.check_supported(settings)
     return settings
+
+
+def _config_bytes(folder: Path) -> bytes | None:
+    """What the config file holds, or None if there is none, or none that can be."""
+    path = folder / CONFIG
+    small = path.is_file() and path.stat().st_size <= peft.MAX_CONFIG_BYTES
+    return path.read_bytes() if small else None
 
 
 @contextmanager
@@ -168,19 +200,19 @@ def _opened(path: Path) -> Iterator[Any]:
         if size > MAX_HEADER_BYTES:
             raise AdapterError(
                 f"{path.name} is no safetensors file, or damaged: its header would have {size:,} bytes, more than any "
-                f"adapter's ({MAX_HEADER_BYTES:,})"
+                f"adapter's ({MAX_HEADER_BYTES:,}). {AGAIN}"
             )
         with safe_open(path, "pt") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path.name} is truncated or no safetensors file ({error})") from None
+        raise AdapterError(f"{path.name} is truncated or no safetensors file ({error}). {AGAIN}") from None
 
 
 def _outline(part: Any) -> Tensor:
     """A tensor of the shape and dtype that a header gives, without memory."""
     name = part.get_dtype()
     if name not in DTYPES:
-        raise AdapterError(f"{WEIGHTS} holds tensors of dtype {name}, which no adapter has")
+        raise AdapterError(f"{WEIGHTS} holds tensors of dtype {name}, which no adapter has. {AGAIN}")
     return torch.empty(part.get_shape(), dtype=DTYPES[name], device="meta")
 
 
@@ -193,7 +225,7 @@ def _metadata(texts: Mapping[str, str]) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
-        raise AdapterError(f"{WEIGHTS} has a damaged header")
+        raise AdapterError(f"{WEIGHTS} has a damaged header. {AGAIN}")
     version = metadata.get("version")
     if version != VERSION:
         raise AdapterError(
@@ -206,12 +238,12 @@ def _metadata(texts: Mapping[str, str]) -> dict[str, Any] | None:
 def _check_sums_cover(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     sums = metadata.get("sha256")
     if not isinstance(sums, dict):
-        raise AdapterError(f"{WEIGHTS} has a damaged header: it lacks the checksums of the tensors")
+        raise AdapterError(f"{WEIGHTS} has a damaged header: it lacks the checksums of the tensors. {AGAIN}")
     lost, extra = sorted(sums.keys() - tensors.keys()), sorted(tensors.keys() - sums.keys())
     if lost or extra:
         raise AdapterError(
             f"{WEIGHTS} was changed since it was written: it lacks {listing(lost) or 'nothing'} and has beyond what "
-            f"was written {listing(extra) or 'nothing'}"
+            f"was written {listing(extra) or 'nothing'}. {AGAIN}"
         )
 
 

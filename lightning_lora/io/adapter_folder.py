@@ -18,6 +18,7 @@ from lightning_lora.io.experts import pack_stacks, stack_paths, unpacked_stacks
 from lightning_lora.io.fingerprint import base_fingerprint, to_json
 from lightning_lora.io.fitting import check_base, plan_for, require_same
 from lightning_lora.io.keys import PREFIX, adapter_key, canonical, leaves, shape_on_disk, trained_key
+from lightning_lora.io.model_card import write_card
 from lightning_lora.model.inject import apply, check_name
 from lightning_lora.model.layers import adapted_layers, require_adapters
 from lightning_lora.model.merge import is_finite
@@ -33,13 +34,22 @@ from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.linear import LinearKind
 
 
-def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "default") -> None:
+def save_adapter(
+    model: nn.Module, path: str | PathLike[str], name: str = "default", *, model_card: bool = False
+) -> None:
     """Write adapter ``name`` and the modules trained along with it to a folder that PEFT can load.
 
     Layers are named as in ``model``: pass the module you will load the adapter into. Each file is complete or absent,
     and a reader of ours notices if the two are from different saves, if a byte of a tensor has changed, and if the
     adapter is loaded over other base weights. An adapter that started in the base weight (PiSSA, OLoRA, LoftQ) is
     written as the plain LoRA of twice its rank that makes the same change to the original base.
+
+    Args:
+        model: A model with adapters.
+        path: The folder; made if it is not there.
+        name: Which adapter.
+        model_card: Whether to write a ``README.md`` too, that says what the adapter is and how to load it. One that
+            somebody else has written stays.
 
     Raises:
         AdapterError: If there is no such adapter, if it holds NaN, or if the format cannot hold it.
@@ -72,6 +82,9 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
         }
     )
     adapter_file.write(Path(path), tensors, settings, metadata)
+    if model_card:
+        origin = getattr(getattr(model, "config", None), "_name_or_path", None)  # as Hugging Face's models keep it
+        write_card(Path(path), metadata, type(model).__name__, origin or None)
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

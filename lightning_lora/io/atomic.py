@@ -7,7 +7,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -28,23 +28,38 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If the file cannot be written; the old one is untouched and no temporary file remains.
     """
-    sweep(path.parent)
-    # Not named after the target, whose name may be as long as names can be.
-    temporary = path.with_name(f"{_PREFIX}{_machine()}-{os.getpid()}-{uuid.uuid4().hex}{_SUFFIX}")
-    try:
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from None
-    mode = temporary.stat().st_mode
-    try:
+    with replacing_all([path]) as (temporary,):
         yield temporary
-        temporary.chmod(mode)  # safetensors writes with mode 0600 whatever the umask (safetensors issue 782)
-        _sync(temporary)
-        temporary.replace(path)
+
+
+@contextmanager
+def replacing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """The same for several files: all are on disk before the first takes its place, and they do so in this order.
+
+    Each step is atomic, all together are not: what is read first has to say what the rest has to be.
+
+    Raises:
+        OSError: If a file cannot be written; all old ones are untouched, unless a rename itself fails.
+    """
+    for folder in dict.fromkeys(path.parent for path in paths):
+        sweep(folder)
+    temporaries: list[Path] = []
+    try:
+        for path in paths:
+            temporaries.append(_temporary(path))
+            _create(temporaries[-1], path)
+        modes = [temporary.stat().st_mode for temporary in temporaries]
+        yield temporaries
+        for temporary, mode in zip(temporaries, modes, strict=True):
+            temporary.chmod(mode)  # safetensors writes with mode 0600 whatever the umask (safetensors issue 782)
+            _sync(temporary)
+        for temporary, path in zip(temporaries, paths, strict=True):
+            temporary.replace(path)
+            _sync(path.parent)  # after each: renames may reach the disk in another order
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
 
 
 def sweep(folder: Path) -> None:
@@ -56,6 +71,18 @@ def sweep(folder: Path) -> None:
         with suppress(OSError):  # another process may be sweeping too
             if _is_abandoned(path):
                 path.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    """A new name beside ``path``; not made of that of the target, which may be as long as names can be."""
+    return path.with_name(f"{_PREFIX}{_machine()}-{os.getpid()}-{uuid.uuid4().hex}{_SUFFIX}")
+
+
+def _create(temporary: Path, path: Path) -> None:
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
 
 
 def _is_abandoned(path: Path) -> bool:

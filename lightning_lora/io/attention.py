@@ -85,6 +85,21 @@ def is_packed(model: nn.Module, path: str) -> bool:
     return _around(canonical(path)) in _attentions(model)
 
 
+def update_of_part(path: str) -> tuple[str, str, int]:
+    """What a pair of factors in a file stands for, without the model.
+
+    Args:
+        path: The layer as the file names it.
+
+    Returns:
+        Its name for people, the name under which the config has its rank and scaling, and how often it is added.
+    """
+    if path.endswith(_INSIDE):
+        around = path.removesuffix(_INSIDE)
+        return f"{around}.{_OUT}", around, _TIMES
+    return path, path, 1
+
+
 def unpacked(model: nn.Module, file: AdapterFile) -> AdapterFile:
     """Return a file with the adapters on attention as if they were on linear layers, which they are here.
 

@@ -66,6 +66,11 @@ class BaseFiles:
         if not self.outline:
             raise AdapterError(f"{folder} holds no tensors")
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files that hold tensors."""
+        return sorted(set(self._files.values()))
+
     def read(self, name: str) -> Tensor:
         """Return a tensor; its file is opened anew, because what has been read of a map stays in memory."""
         with safe_open(self._files[name], "pt") as file:

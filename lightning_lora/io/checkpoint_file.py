@@ -51,9 +51,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a dozen kinds, and none names the file
-        raise CheckpointError(
-            f"{path} holds other than plain data, which could run code, and is not read ({refused(error)})"
-        ) from None
+        raise not_plain(path, error) from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):
         raise CheckpointError(
             f"{path} was not written by LoRACallback; the module's own load_from_checkpoint reads it if it holds the "
@@ -61,6 +59,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         )
     require_sealed(checkpoint, path)
     return checkpoint
+
+
+def not_plain(path: object, error: Exception) -> CheckpointError:
+    """The error for a checkpoint that torch's restricted reader refuses, which names neither file nor remedy."""
+    return CheckpointError(
+        f"{path} holds other than plain data, which could run code, and is not read ({refused(error)}). If you wrote "
+        "it and trust it: torch.load(path, weights_only=False), take that out, and save it again"
+    )
 
 
 def refused(error: Exception) -> str:

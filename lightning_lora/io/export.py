@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import MergeError, listing
 from lightning_lora.io.adapter_file import CONFIG
-from lightning_lora.io.atomic import replacing
 from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.dtypes import NAMES
 from lightning_lora.io.keys import canonical
@@ -78,10 +77,12 @@ def write_model(
     """Do as :func:`export_merged`, also for a model without adapters, which is written as it is."""
     refuse_adapter_folder(folder)
     parts = list(_parts(model, dtype))
-    write_shards(folder, parts, max_shard_size=max_shard_size, metadata=merged_metadata())
     config = getattr(model, "config", None)
+    beside: dict[str, Callable[[Path], object]] = {}
     if isinstance(config, WritesJson):
-        _write_config(folder, config, type(model).__name__, dtype)
+        text = _config_text(config, type(model).__name__, dtype)
+        beside[MODEL_CONFIG] = lambda file: file.write_text(text)
+    write_shards(folder, parts, max_shard_size=max_shard_size, metadata=merged_metadata(), beside=beside)
     return folder
 
 
@@ -167,12 +168,11 @@ def _prefixes(key: str) -> Iterator[str]:
             yield key[:index]
 
 
-def _write_config(folder: Path, config: WritesJson, architecture: str, dtype: torch.dtype | None) -> None:
+def _config_text(config: WritesJson, architecture: str, dtype: torch.dtype | None) -> str:
     settings = json.loads(config.to_json_string())
     settings.pop("quantization_config", None)  # the merged weights are plain
     if not settings.get("architectures"):
         settings["architectures"] = [architecture]
     if dtype is not None:
         settings["dtype"] = str(dtype).removeprefix("torch.")
-    with replacing(folder / MODEL_CONFIG) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    return json.dumps(settings, indent=2, sort_keys=True) + "\n"

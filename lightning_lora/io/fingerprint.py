@@ -68,6 +68,15 @@ def to_json(found: Mapping[str, Fingerprint]) -> Saved:
     return {path: each.to_json() for path, each in found.items()}
 
 
+def base_name(entry: Mapping[str, Any]) -> str | None:
+    """The short name of the base that a description names."""
+    saved = entry.get("base_fingerprint")
+    try:
+        return combined(map(Fingerprint.from_json, saved.values())) if isinstance(saved, dict) and saved else None
+    except ValueError:
+        return None
+
+
 def compare(saved: Any, layers: Mapping[str, nn.Module], here: Saved | None = None) -> Comparison:
     """Compare the fingerprints of a file with a model's layers, by the same names.
 

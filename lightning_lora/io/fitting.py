@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import peft
-from lightning_lora.io.adapter_file import CONFIG, WEIGHTS, AdapterFile
+from lightning_lora.io.adapter_file import AGAIN, CONFIG, WEIGHTS, AdapterFile
 from lightning_lora.io.description import describe, describe_configs, differences
 from lightning_lora.io.fingerprint import compare
 from lightning_lora.io.keys import PREFIX, canonical, leaves, shape_on_disk
@@ -36,9 +36,9 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
     live = {canonical(path): path for path, _ in named_layers(model)}
     incomplete = [path for path, tensors in file.adapters.items() if len(tensors) != 2]
     if incomplete:
-        raise AdapterError(f"{listing(incomplete)} has only one of lora_A and lora_B")
+        raise AdapterError(f"{listing(incomplete)} has only one of lora_A and lora_B. {AGAIN}")
     if not file.adapters:
-        raise AdapterError(f"{WEIGHTS} holds no adapter")
+        raise AdapterError(f"{WEIGHTS} holds no adapter. {AGAIN}")
     absent = [path for path in file.adapters if path not in live]
     if absent:
         here = [path for path in live if path and why_not_adaptable(layer_at(model, live[path])) is None]
@@ -57,9 +57,9 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
     if expected is not None:
         missing, extra = sorted(expected - file.adapters.keys()), sorted(file.adapters.keys() - expected)
         if missing:
-            raise AdapterError(f"{CONFIG} names layers that {WEIGHTS} has no tensors for: {listing(missing)}")
+            raise AdapterError(f"{CONFIG} names layers that {WEIGHTS} has no tensors for: {listing(missing)}. {AGAIN}")
         if extra:
-            raise AdapterError(f"{WEIGHTS} holds layers that {CONFIG} does not name: {listing(extra)}")
+            raise AdapterError(f"{WEIGHTS} holds layers that {CONFIG} does not name: {listing(extra)}. {AGAIN}")
     configs = configs_of(file)
     _check_shapes(model, live, configs, file)
     if file.settings.get("fan_in_fan_out") and not any(_is_transposed(layer_at(model, live[p])) for p in configs):
@@ -76,14 +76,17 @@ def configs_of(file: AdapterFile) -> dict[str, LoRAConfig]:
     Raises:
         AdapterError: If a setting is broken, or is not what the header of the weights says it was.
     """
-    configs = peft.from_peft(file.settings, file.adapters)
+    try:
+        configs = peft.from_peft(file.settings, file.adapters)
+    except AdapterError as error:
+        raise AdapterError(f"{CONFIG}: {error}. {AGAIN}") from None
     if file.metadata is not None:
         dropout = float(file.settings.get("lora_dropout") or 0.0)
         apart = differences(file.metadata, describe_configs(configs) | {"dropout": dropout})
         if apart:
             raise AdapterError(
                 f"{CONFIG} and the header of {WEIGHTS} disagree, one was changed or they are of two saves: "
-                f"{'; '.join(apart)}"
+                f"{'; '.join(apart)}. {AGAIN}"
             )
     return configs
 
@@ -113,7 +116,7 @@ def check_base(model: nn.Module, plan: Plan, file: AdapterFile, folder: Path, *,
     try:
         found = compare(file.metadata.get("base_fingerprint"), layers)
     except ValueError as error:
-        raise AdapterError(f"{WEIGHTS} has a damaged header: {error}") from None
+        raise AdapterError(f"{WEIGHTS} has a damaged header: {error}. {AGAIN}") from None
     if found.unchecked:
         reasons = listing(f"{path} ({why})" for path, why in found.unchecked.items())
         tell(f"{folder}: whether the base is the one trained on could not be checked in {reasons}")
@@ -160,7 +163,8 @@ def _check_shapes(
             found, shape = tuple(file.adapters[path][leaf].shape), shape_on_disk(kind, tensor, config.r)
             if found != shape:
                 raise AdapterError(
-                    f"{path}.{tensor} has shape {found}, expected {shape} for r={config.r} over this layer"
+                    f"{path}.{tensor} has shape {found}, expected {shape} for r={config.r} over this layer. "
+                    "Load it into a model of the sizes it was trained on; if it is one, the file is damaged"
                 )
 
 

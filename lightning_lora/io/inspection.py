@@ -19,10 +19,10 @@ from lightning_lora.io.attention import attentions_in, unpacked_alone
 from lightning_lora.io.base_files import BaseFiles
 from lightning_lora.io.checkpoint_file import read_checkpoint
 from lightning_lora.io.description import KEY, describe_configs
+from lightning_lora.io.fingerprint import base_name
 from lightning_lora.io.fitting import configs_of
 from lightning_lora.io.shards import INDEX, SINGLE
 from lightning_lora.model.merge import is_finite
-from lightning_lora.nn.fingerprint import Fingerprint, combined
 from lightning_lora.nn.low_rank import SCALINGS
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -118,15 +118,6 @@ def require_sound(files: BaseFiles) -> None:
         raise AdapterError(f"{files.folder} holds NaN or infinity in {listing(broken)}")
 
 
-def base_name(entry: Mapping[str, Any]) -> str | None:
-    """The short name of the base that a description names."""
-    saved = entry.get("base_fingerprint")
-    try:
-        return combined(map(Fingerprint.from_json, saved.values())) if isinstance(saved, dict) and saved else None
-    except ValueError:
-        return None
-
-
 def _adapter(path: Path) -> dict[str, Any]:
     file = read_adapter(path)
     tensors = [*(t for leaves in file.adapters.values() for t in leaves.values()), *file.others.values()]
@@ -184,7 +175,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 def _merged(path: Path) -> dict[str, Any]:
     files = BaseFiles(path)
-    metadata = _merged_metadata(path)
+    metadata = _merged_metadata(files)
     outline = files.outline.values()
     return {
         "what": "merged model" if metadata.get("merged") else "model",
@@ -201,9 +192,8 @@ def _merged(path: Path) -> dict[str, Any]:
     }
 
 
-def _merged_metadata(path: Path) -> dict[str, Any]:
-    first = next(iter(sorted(path.glob("model*.safetensors"))))
-    with safe_open(first, "pt") as file:
+def _merged_metadata(files: BaseFiles) -> dict[str, Any]:
+    with safe_open(files.paths[0], "pt") as file:
         text = (file.metadata() or {}).get(KEY, "{}")
     try:
         found = json.loads(text)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from lightning_lora.errors import AdapterError, MergeError, listing
 from lightning_lora.io import adapter_file
 from lightning_lora.io.adapter_file import CONFIG, WEIGHTS, AdapterFile
 from lightning_lora.io.adapter_folder import fill
-from lightning_lora.io.atomic import replacing
 from lightning_lora.io.attention import unpacked
 from lightning_lora.io.base_files import MODEL_CONFIG, BaseFiles
 from lightning_lora.io.description import CHANCE
@@ -100,8 +98,8 @@ def merge_files(
     for unknown in job.check_base(adapter, allow_mismatch=allow_base_mismatch):
         tell(f"{adapter}: not checked: {unknown}")
     metadata = merged_metadata(onto=onto, trained_on=job.report.trained_on)
-    write_shards(out, list(job.parts()), max_shard_size=max_shard_size, metadata=metadata)
-    _copy_rest(files, out, dtype)
+    rest = _rest(files, dtype)
+    write_shards(out, list(job.parts()), max_shard_size=max_shard_size, metadata=metadata, beside=rest)
     return job.report
 
 
@@ -271,16 +269,14 @@ def _given(name: str, tensor: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: tensor.to(dtype)}
 
 
-def _copy_rest(files: BaseFiles, out: Path, dtype: torch.dtype | None) -> None:
-    """Copy config and tokenizer; no code and no pickles."""
+def _rest(files: BaseFiles, dtype: torch.dtype | None) -> dict[str, Callable[[Path], object]]:
+    """What to copy along: config and tokenizer, no code and no pickles."""
+    rest: dict[str, Callable[[Path], object]] = {}
     for path in sorted(files.folder.iterdir()):
         small = path.is_file() and path.stat().st_size <= _LARGEST_COPIED
         if small and path.suffix in _COPIED and path.name != CONFIG and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, out / path.name)
+            rest[path.name] = partial(shutil.copyfile, path)
     if dtype is not None and files.config:
-        _set_dtype(out / MODEL_CONFIG, {**files.config, "dtype": str(dtype).removeprefix("torch.")})
-
-
-def _set_dtype(path: Path, config: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
+        config = {**files.config, "dtype": str(dtype).removeprefix("torch.")}
+        rest[MODEL_CONFIG] = lambda file: file.write_text(json.dumps(config, indent=2) + "\n")
+    return rest

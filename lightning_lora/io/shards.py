@@ -12,10 +12,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,14 +23,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lightning_lora.errors import MergeError, listing
-from lightning_lora.io.atomic import replacing
+from lightning_lora.io.atomic import replacing_all
 from lightning_lora.io.dtypes import NAMES
 from lightning_lora.model.merge import is_finite
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SHARD = re.compile(r"model-(b-)?\d{5}-of-\d{5}\.safetensors")
+_NOTHING: Mapping[str, Callable[[Path], object]] = MappingProxyType({})
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {f"{letter}IB": 2 ** (10 * power) for power, letter in enumerate("KMGT", start=1)}
 _VERIFIED = 4
@@ -71,35 +72,43 @@ def as_bytes(size: int | str) -> int:
 
 @torch.no_grad()
 def write_shards(
-    folder: Path, parts: Sequence[Part], *, max_shard_size: int | str, metadata: Mapping[str, str]
+    folder: Path,
+    parts: Sequence[Part],
+    *,
+    max_shard_size: int | str,
+    metadata: Mapping[str, str],
+    beside: Mapping[str, Callable[[Path], object]] = _NOTHING,
 ) -> None:
     """Write the parts to ``folder``: to ``model.safetensors``, or to shards and their index where they are larger.
 
     All files are written beside their places, read again and compared with parts that are made a second time; then they
-    take their places, the index last. A reader finds the old model, the new one, or no index.
+    take their places. What a reader looks at first comes last: shards never take the names of those in use, and become
+    the model in the one step in which the index is replaced. A reader finds the old model or the new one, always.
 
     Args:
         folder: Where to; made if it is not there.
         parts: What to write, in the order of the model.
         max_shard_size: Bytes of a file at most, unless a single tensor is larger.
         metadata: For the header of each file, beside ``format``.
+        beside: Other files of the model by name, such as its config: each writes itself to a path.
 
     Raises:
         MergeError: If a computed tensor is not finite, or what was read again is not what was written.
         OSError: If there is no room; what was there before is untouched.
     """
     shards = _split(parts, as_bytes(max_shard_size))
-    names = [SINGLE] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+    names = [SINGLE] if len(shards) == 1 else _free_names(folder, len(shards))
     folder.mkdir(parents=True, exist_ok=True)
     _require_room(folder, sum(part.size for part in parts))
-    with ExitStack() as stack:
-        files = [stack.enter_context(replacing(folder / name)) for name in names]
+    index = [INDEX] * (len(shards) > 1)
+    with replacing_all([folder / name for name in (*beside, *names, *index)]) as temporaries:
+        for write, file in zip(beside.values(), temporaries, strict=False):
+            write(file)
+        files = temporaries[len(beside) :][: len(names)]
         places = [_write(file, shard, metadata) for file, shard in zip(files, shards, strict=True)]
         _verify(files, shards, places)
-        if len(shards) > 1:  # shards of two exports under one index would be a torn model
-            (folder / INDEX).unlink(missing_ok=True)
-    if len(shards) > 1:
-        _write_index(folder, names, shards)
+        if index:
+            _write_index(temporaries[-1], names, shards)
     _drop_older(folder, names)
 
 
@@ -211,25 +220,35 @@ def _require_room(folder: Path, size: int) -> None:
         raise OSError(errno.ENOSPC, needed, str(folder))
 
 
-def _write_index(folder: Path, names: Sequence[str], shards: Sequence[Sequence[Part]]) -> None:
+def _write_index(file: Path, names: Sequence[str], shards: Sequence[Sequence[Part]]) -> None:
     weights = {key: name for name, shard in zip(names, shards, strict=True) for part in shard for key in part.outline}
     total = sum(part.size for shard in shards for part in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
-    with replacing(folder / INDEX) as temporary:
-        temporary.write_text(json.dumps(index, indent=2) + "\n")
+    file.write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _drop_older(folder: Path, names: Sequence[str]) -> None:
     """Delete the files of an earlier export, which a reader might prefer to these."""
     kept = {*names, INDEX} if len(names) > 1 else set(names)
-    for path in folder.iterdir():
-        ours = path.name in (SINGLE, INDEX) or _SHARD.fullmatch(path.name)
-        if ours and path.name not in kept:
-            path.unlink()
+    shards = sorted(path for path in folder.iterdir() if _SHARD.fullmatch(path.name))
+    for path in (folder / SINGLE, folder / INDEX, *shards):  # an index goes before its shards
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
 
 
-def _shard_name(number: int, count: int) -> str:
-    return f"model-{number:05d}-of-{count:05d}.safetensors"
+def _free_names(folder: Path, count: int) -> list[str]:
+    """Names for shards, other than those of the model that is in the folder."""
+    in_use = _shards_in(folder / INDEX)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    return names if in_use.isdisjoint(names) else [name.replace("model-", "model-b-") for name in names]
+
+
+def _shards_in(index: Path) -> set[str]:
+    """Names of the shards in an index; nothing if it is not there or cannot be read."""
+    try:
+        return set(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def _size(tensor: Tensor) -> int:

@@ -189,8 +189,9 @@ def _second_names(model: nn.Module, candidates: Iterable[str]) -> Iterator[tuple
     """Further names of layers inside of modules that stand in several places, with the name they go by."""
     first = {module: name for name, module in model.named_modules()}
     for alias, module in model.named_modules(remove_duplicate=False):
-        inside = [name for name in candidates if f"{name}.".startswith(f"{first[module]}.")]
-        yield from ((alias + name[len(first[module]) :], name) for name in inside if alias != first[module])
+        name = first[module]
+        inside = [layer for layer in candidates if f"{layer}.".startswith(f"{name}.")] if alias != name else []
+        yield from ((alias + layer[len(name) :], layer) for layer in inside)
 
 
 def resolve_train(model: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:

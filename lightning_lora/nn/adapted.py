@@ -50,10 +50,15 @@ class AdaptedLayer(nn.Module):
         if self.rows is not None and self.rows.mixed:
             routed: Tensor = self.rows.forward(self, x)
             return routed
-        y: Tensor = self.base_layer(x)
+        adapters = self._computing_adapters()
         if self.base_lacks is not None and self.base_lacks not in self.computing:
-            y = self.adapter(self.base_lacks).put_back(y, x)
-        for adapter in self._computing_adapters():
+            y: Tensor = self.adapter(self.base_lacks).put_back(self.base_layer(x), x)
+        elif adapters and isinstance(adapters[0], Adapter):  # not something that was wrapped around it
+            y = adapters[0].over(x, self.base_layer)
+            adapters = adapters[1:]
+        else:
+            y = self.base_layer(x)
+        for adapter in adapters:
             y = adapter(x, y, self.base_layer)
         return y
 

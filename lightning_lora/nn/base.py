@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lightning_lora.nn.fingerprint import Fingerprint, is_held, sample, sha256
 from lightning_lora.nn.kind import Kind
-from lightning_lora.nn.linear import LinearKind
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,17 @@ class QuantizedLinear(nn.Module, ABC):
         """Where the packed weight is."""
 
     @property
+    @abstractmethod
     def kind(self) -> Kind:
         """How the weight is applied."""
-        return LinearKind(self.in_features, self.out_features)
 
     def dense(self) -> nn.Module:
         """Return a layer for a weight that is not quantized, on the meta device and without bias."""
         return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """What :meth:`forward` multiplies in to give an output of ``dtype``."""
+        return dtype
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -179,6 +182,12 @@ def share_hooks(source: nn.Module, target: nn.Module) -> None:
     """
     for key in _HOOKS:
         vars(target)[key] = vars(source)[key]
+
+
+def is_called_as_it_is(layer: nn.Module) -> bool:
+    """Whether calling ``layer`` runs its class's ``forward`` and nothing else: no hook, nothing put in its place."""
+    own = vars(layer)
+    return "forward" not in own and not any(own[key] for key in _HOOKS)
 
 
 def hand_over_hooks(source: nn.Module, target: nn.Module) -> None:

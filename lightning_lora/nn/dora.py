@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.nn.adapter import Adapter
-from lightning_lora.nn.base import QuantizedLinear, dense_weight, layer_bias, weight_dtype
+from lightning_lora.nn.base import QuantizedLinear, dense_weight, is_called_as_it_is, layer_bias, weight_dtype
 from lightning_lora.nn.functional import delta, row_norms
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.kinds import kind_of
@@ -67,9 +67,23 @@ class DoRA(Adapter):
 
     def forward(self, x: Tensor, y: Tensor, base_layer: nn.Module) -> Tensor:
         """Map input and base output to the adapted output."""
-        if self.training and self.config.dropout > 0:
-            x = self.kind.drop(x, self.config.dropout)
-        z = self.kind.add_low_rank(y, x, self.lora_A, self.lora_B, self.config.scale)
+        if self._dropout > 0:
+            x = self.kind.drop(x, self._dropout)
+        return self._lengthened(self.kind.add_low_rank(y, x, self.lora_A, self.lora_B, self.config.scale), base_layer)
+
+    def over(self, x: Tensor, base_layer: nn.Module) -> Tensor:
+        """Map the input to the adapted output."""
+        if not is_called_as_it_is(self):
+            return super().over(x, base_layer)
+        z = self.kind.over(base_layer, x, self.lora_A, self.lora_B, self.config.scale, self._dropout)
+        return self._lengthened(z, base_layer)
+
+    @property
+    def _dropout(self) -> float:
+        return self.config.dropout if self.training else 0.0
+
+    def _lengthened(self, z: Tensor, base_layer: nn.Module) -> Tensor:
+        """Give the output of ``V`` the lengths ``m`` in the place of ``||V||``; the bias stays as it is."""
         factor, bias = self._factor(self.norms(base_layer)), layer_bias(base_layer)
         # The factor is not rounded to half precision, where there is nothing between 1 and 1.0078; z is saved in it.
         scaled = self.kind.along_outputs(factor, z) * z

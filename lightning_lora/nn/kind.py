@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -45,6 +45,22 @@ class Kind(ABC):
             lora_B: Of shape ``(O, R)``; cast to ``y``'s dtype.
             scaling: The factor ``s``.
         """
+
+    def over(
+        self, base_layer: nn.Module, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, p: float
+    ) -> Tensor:
+        """Return ``base_layer(x) + s B A phi(D(x))``: both products at once, where the kind knows a better way.
+
+        Args:
+            base_layer: The frozen layer below, not computed yet.
+            x: Its input.
+            lora_A: Of shape ``(R, I)``; cast to the output's dtype.
+            lora_B: Of shape ``(O, R)``; cast to the output's dtype.
+            scaling: The factor ``s``.
+            p: Probability with which ``D`` zeroes an element.
+        """
+        y: Tensor = base_layer(x)
+        return self.add_low_rank(y, self.drop(x, p) if p > 0 else x, lora_A, lora_B, scaling)
 
     @abstractmethod
     def along_outputs(self, vector: Tensor, y: Tensor) -> Tensor:

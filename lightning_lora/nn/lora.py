@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterError
 from lightning_lora.nn import loftq
 from lightning_lora.nn.adapter import Adapter
+from lightning_lora.nn.base import is_called_as_it_is
 from lightning_lora.nn.decompose import Pair, decomposition, without
 from lightning_lora.nn.expert_lora import ExpertLoRA
 from lightning_lora.nn.experts import ExpertsKind
@@ -112,13 +113,29 @@ class LoRA(Adapter):
     def forward(self, x: Tensor, y: Tensor, base_layer: nn.Module) -> Tensor:
         """Map input and base output to the adapted output."""
         self._require_start()
-        dropping = self.training and self.config.dropout > 0
-        if self.lora_A0 is not None and dropping and self.taken_A is not None:
-            y = self.put_back(y, x)  # what drops out is the change, never a part of the base
-        lora_A, lora_B = self._factors(whole=self.taken_A is not None and not dropping)
-        if dropping:
-            x = self.kind.drop(x, self.config.dropout)
+        if self._drops_the_change:
+            y = self.put_back(y, x)
+        lora_A, lora_B = self._factors(whole=self.taken_A is not None and not self._drops_the_change)
+        if self._dropout > 0:
+            x = self.kind.drop(x, self._dropout)
         return self.kind.add_low_rank(y, x, lora_A, lora_B, self.config.scale)
+
+    def over(self, x: Tensor, base_layer: nn.Module) -> Tensor:
+        """Map the input to the adapted output."""
+        self._require_start()
+        if self._drops_the_change or not is_called_as_it_is(self):
+            return super().over(x, base_layer)
+        lora_A, lora_B = self._factors(whole=self.taken_A is not None)
+        return self.kind.over(base_layer, x, lora_A, lora_B, self.config.scale, self._dropout)
+
+    @property
+    def _dropout(self) -> float:
+        return self.config.dropout if self.training else 0.0
+
+    @property
+    def _drops_the_change(self) -> bool:
+        """Whether a start taken off the base has to be put back: what drops out is never a part of the base."""
+        return self._dropout > 0 and self.taken_A is not None
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return ``W + s B A``, or ``W + s (B A - B0 A0)``, in ``weight``'s dtype."""
@@ -126,6 +143,11 @@ class LoRA(Adapter):
         lora_A, lora_B = self._factors(whole=self.taken_A is not None)
         # Added in place: a merge of a large layer holds the weight and the update, and no third of their size.
         return self.kind.from_matrix(delta(lora_A, lora_B, self.config.scale, weight.dtype)).add_(weight)
+
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``A`` and ``s B``, or those of the change ``s (B A - B0 A0)`` where there is a start."""
+        lora_A, lora_B = self._factors(whole=False)
+        return lora_A, self.config.scale * lora_B
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -1,16 +1,16 @@
-"""bitsandbytes' paged 8-bit AdamW in the place of ``torch.optim.Adam`` and ``AdamW``."""
+"""The paged 8-bit AdamW in the place of ``torch.optim.Adam`` and ``AdamW``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lora import dependencies
 from lightning_lora.errors import OptimizerError
-from lightning_lora.optim.report import MIN_PAGED
+from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
 
 _TORCH_ONLY = {
     "foreach",
@@ -23,55 +23,45 @@ _TORCH_ONLY = {
     "params",
 }
 
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+"""Where torch keeps what ``register_step_pre_hook`` and its like were given."""
+
 
 def replaceable(optimizer: Optimizer) -> bool:
     """Whether there is a paged 8-bit form: for exactly ``torch.optim.Adam`` and ``AdamW``, not for subclasses."""
     return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
 
 
-def paged_adamw_8bit(optimizer: Optimizer) -> Optimizer:
-    """Return a ``bitsandbytes.optim.PagedAdamW8bit`` over the same parameter groups.
+def paged_adamw_8bit(optimizer: Optimizer, names: Mapping[Tensor, str] | None = None) -> FlatPagedAdamW8bit:
+    """Return a paged 8-bit AdamW over the same parameter groups.
 
-    Each group keeps its lr, betas, eps, weight decay and whatever a scheduler has put there. Moments are kept in 8 bits
-    for parameters of at least 4096 elements and in 32 bits for smaller ones; see :mod:`lightning_lora.optim.report`.
+    Each group keeps its lr, betas, eps, weight decay and whatever a scheduler has put there, and the optimizer the
+    hooks registered on it.
 
     Args:
         optimizer: A ``torch.optim.Adam`` or ``AdamW`` that has not stepped yet.
+        names: Names of the parameters, under which their moments are saved.
 
     Raises:
         OptimizerError: If the optimizer computes something the 8-bit one cannot.
     """
     _refuse_differences(optimizer)
-    bnb = dependencies.bitsandbytes("optimizer='paged_adamw_8bit'")
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         kept = {key: value for key, value in group.items() if key not in _TORCH_ONLY}
         kept["lr"] = float(kept["lr"])
         groups.append({**kept, "params": list(group["params"])})
-    swapped = bnb.optim.PagedAdamW8bit(groups)
-    assert isinstance(swapped, Optimizer)
-    # bitsandbytes would warn at the first step that it does not page on the CPU; the optimizer report says so
-    # beforehand.
-    swapped._cpu_paged_warned = True  # type: ignore[attr-defined]
+    swapped = FlatPagedAdamW8bit(groups, names=names)
+    for hooks in _HOOKS:  # the same dicts, so that the handles which registering returned go on removing
+        setattr(swapped, hooks, getattr(optimizer, hooks))
     return swapped
-
-
-def page_again(optimizer: Optimizer) -> None:
-    """Put moments back into paged memory that were loaded from a checkpoint.
-
-    ``load_state_dict`` makes ordinary CUDA tensors of them, and the GPU could no longer evict them to the host.
-    """
-    if not getattr(optimizer, "is_paged", False):
-        return
-    for parameter, state in optimizer.state.items():
-        if not parameter.is_cuda or parameter.numel() < MIN_PAGED:
-            continue
-        for key in ("state1", "state2"):
-            moments = state.get(key)
-            if isinstance(moments, Tensor) and not getattr(moments, "is_paged", False):
-                buffer = optimizer.get_state_buffer(parameter, dtype=moments.dtype)  # type: ignore[attr-defined]
-                buffer.copy_(moments)
-                state[key] = buffer
 
 
 def _refuse_differences(optimizer: Optimizer) -> None:

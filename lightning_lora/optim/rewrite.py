@@ -25,13 +25,14 @@ def rewrite_optimizers(
     paged_8bit: bool,
     lr_ratio: float = 1.0,
     owners: Mapping[Tensor, Iterable[nn.Module]] | None = None,
+    names: Mapping[Tensor, str] | None = None,
 ) -> list[Optimizer]:
     """Return optimizers over exactly the trainable parameters of ``model``.
 
     Frozen parameters are taken out of every group, whatever the class. An adapter that is in no optimizer joins the
     group that holds the weight of its layer, and so gets the learning rate and weight decay meant for that layer: this
     is how an optimizer works that was built before the adapters were. With ``paged_8bit``, ``torch.optim.Adam`` and
-    ``AdamW`` become bitsandbytes' paged 8-bit AdamW, and every scheduler goes on with the new one; optimizers of other
+    ``AdamW`` become the paged 8-bit AdamW, and every scheduler goes on with the new one; optimizers of other
     classes are kept.
 
     Args:
@@ -41,6 +42,7 @@ def rewrite_optimizers(
         paged_8bit: Whether to swap Adam and AdamW.
         lr_ratio: What the learning rate of the factors ``B`` is multiplied by (LoRA+); groups are split for it.
         owners: The adapted layers that each weight of the original model went into, by identity.
+        names: Names of parameters, under which the paged 8-bit AdamW saves their moments.
 
     Raises:
         OptimizerError: If an optimizer holds no trainable parameter, if a trainable one is in none, or if a swap would
@@ -56,7 +58,9 @@ def rewrite_optimizers(
             speed_up(optimizer, _driving(optimizer, schedulers), up_parameters(model), lr_ratio)
     if not paged_8bit:
         return list(optimizers)
-    swapped = {optimizer: paged_adamw_8bit(optimizer) for optimizer in optimizers if replaceable(optimizer)}
+    swapped: dict[Optimizer, Optimizer] = {
+        optimizer: paged_adamw_8bit(optimizer, names) for optimizer in optimizers if replaceable(optimizer)
+    }
     for scheduler in schedulers:
         for part in _with_parts(scheduler):
             _repoint(part, swapped)
@@ -136,7 +140,7 @@ def _with_parts(scheduler: Scheduler) -> Iterator[Scheduler]:
                 yield from _with_parts(inner)
 
 
-def _repoint(scheduler: Any, swapped: dict[Optimizer, Optimizer]) -> None:
+def _repoint(scheduler: Any, swapped: Mapping[Optimizer, Optimizer]) -> None:
     """Let a scheduler drive the new optimizer."""
     new = swapped.get(scheduler.optimizer)
     if new is None:

@@ -18,6 +18,8 @@ from lightning_lora.kernels import few_tokens
 from lightning_lora.kernels.nf4 import dequantize_nf4
 from lightning_lora.kernels.packed import DTYPES, NESTED_BLOCK, Packed
 from lightning_lora.nn.base import QuantizedLinear
+from lightning_lora.nn.kind import Kind
+from lightning_lora.nn.linear import LinearKind
 from lightning_lora.quantization.config import NF4Config
 
 _CPU_PIECE = 2**18  # weights packed at once on the CPU; a multiple of every block size
@@ -121,13 +123,22 @@ class NF4Linear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., I)`` to ``(..., O)`` in the input's dtype, or in autocast's where that is on."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        compute = self.config.compute_dtype or dtype
+        compute = self.computes_in(dtype)
         bias = None if self.bias is None else self.bias.to(compute)
         with torch.autocast(x.device.type, enabled=False):  # it would override compute_dtype
             if few_tokens.are_few(x):
                 return few_tokens.gemm_4bit(x.to(compute), self.packed, self._shape, bias).to(dtype)
             y: Tensor = _DequantizedLinear.apply(x.to(compute), bias, self)  # type: ignore[no-untyped-call]
         return y.to(dtype)
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """What the config says, or ``dtype`` where it says nothing."""
+        return self.config.compute_dtype or dtype
+
+    @property
+    def kind(self) -> Kind:
+        """That of a linear layer."""
+        return LinearKind(self.in_features, self.out_features)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight of shape ``(O, I)`` that :meth:`forward` multiplies with when it computes in ``dtype``."""

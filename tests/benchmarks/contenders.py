@@ -47,7 +47,8 @@ class Case:
         return DTYPES[self.base]
 
     def __str__(self) -> str:
-        return f"{self.base}, dropout {self.dropout:g}" if self.dropout else self.base
+        dropped = f", dropout {self.dropout:g}" if self.dropout else ""
+        return f"{self.base}{dropped}, {self.tokens} tokens"
 
 
 @dataclass(frozen=True)

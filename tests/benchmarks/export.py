@@ -3,7 +3,7 @@
 Eight blocks of Llama's shape with d = 2048 (four layers of 2048 x 2048, three of 2048 x 5632), 1.6 GB in float32. Each
 figure is taken in a process of its own, and both ways of writing end with the bytes on disk.
 
-    python tests/benchmarks/export.py [--dtype float32|bfloat16]
+    python tests/benchmarks/export.py [--repeats 5]
 """
 
 from __future__ import annotations
@@ -16,14 +16,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
+from report import Claim, Report, command, environment
 from safetensors.torch import save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, export_merged, inject, merge, quantize
 
 WIDTH, INNER, BLOCKS = 2048, 5632, 8
+OUT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
+INTRODUCTION = """# The merged export
+
+Written by `tests/benchmarks/export.py`."""
 
 
 def block() -> nn.Module:
@@ -84,31 +90,77 @@ def at_once(dtype: torch.dtype, folder: str) -> dict[str, float]:
 
 def alone(which: str, dtype: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        command = [sys.executable, __file__, "--which", which, "--dtype", dtype, "--out", folder]
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        given = [sys.executable, __file__, "--alone", which, dtype, folder]
+        return json.loads(subprocess.run(given, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=5, help="alternating; the best time and the worst memory count")
-    parser.add_argument("--which", choices=["streamed", "at_once"])
-    parser.add_argument("--out")
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="per case, alternating (default 5)")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="where to write the two files")
+    parser.add_argument("--alone", nargs=3, metavar=("WHICH", "DTYPE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.which:
-        run = {"streamed": streamed, "at_once": at_once}[options.which]
-        print(json.dumps(run(getattr(torch, options.dtype), options.out)))
+    if options.alone:
+        which, dtype, folder = options.alone
+        print(json.dumps({"streamed": streamed, "at_once": at_once}[which](getattr(torch, dtype), folder)))
         return
-    runs = [(alone("streamed", options.dtype), alone("at_once", options.dtype)) for _ in range(options.repeats)]
-    ours, theirs = ({key: min(run[side][key] for run in runs) for key in runs[0][side]} for side in (0, 1))
-    ours["extra"] = max(run[0]["extra"] for run in runs)
-    bound = 2 * ours["largest_layer"] + 100e6
-    print(f"{options.dtype}: {ours['bytes'] / 1e9:.2f} GB")
-    print(f"extra memory {ours['extra'] / 1e6:.0f} MB, bound 2 x largest layer + 100 MB = {bound / 1e6:.0f} MB")
-    print(
-        f"streamed, verified and synced {ours['seconds']:.1f} s; save_file {theirs['seconds']:.1f} s, "
-        f"{theirs['seconds_with_fsync']:.1f} s with fsync: ratio {ours['seconds'] / theirs['seconds']:.2f}, "
-        f"{ours['seconds'] / theirs['seconds_with_fsync']:.2f} with fsync"
+    report = measure(options.repeats)
+    print(report.text())
+    where = environment()
+    (options.out / "export.json").write_text(json.dumps({"environment": where, **report.to_json()}, indent=2) + "\n")
+    lines = "\n".join(f"- {name}: {value}" for name, value in where.items())
+    (options.out / "export.md").write_text(f"{INTRODUCTION}\n\n{lines}\n\n{report.markdown().rstrip()}\n")
+
+
+def measure(repeats: int) -> Report:
+    """Both ways of writing in turn, for both dtypes."""
+    rows, claims = [], []
+    for dtype in ("float32", "bfloat16"):
+        runs = [(alone("streamed", dtype), alone("at_once", dtype)) for _ in range(repeats)]
+        ours, theirs = ({key: median(run[side][key] for run in runs) for key in runs[0][side]} for side in (0, 1))
+        extra = max(run[0]["extra"] for run in runs)
+        bound = 2 * ours["largest_layer"] + 100e6
+        ratio = median(one["seconds"] / other["seconds_with_fsync"] for one, other in runs)
+        unsynced = median(one["seconds"] / other["seconds"] for one, other in runs)
+        rows.append(
+            (
+                dtype,
+                f"{ours['bytes'] / 1e9:.2f}",
+                f"{extra / 1e6:.0f}",
+                f"{bound / 1e6:.0f}",
+                f"{ours['seconds']:.1f}",
+                f"{theirs['seconds']:.1f}",
+                f"{theirs['seconds_with_fsync']:.1f}",
+                f"{unsynced:.2f}",
+                f"{ratio:.2f}",
+            )
+        )
+        claims += [
+            Claim(f"{dtype}: extra memory, of 2 x the largest layer + 100 MB", extra / bound, 1),
+            Claim(f"{dtype}: time, of save_file and fsync", ratio, 2),
+        ]
+    columns = (
+        "stored in",
+        "GB",
+        "extra MB",
+        "bound MB",
+        "export s",
+        "save_file s",
+        "and fsync s",
+        "ratio",
+        "with fsync",
+    )
+    return Report(
+        title="The merged export of eight blocks with d = 2048 over NF4",
+        command=command(__file__, repeats),
+        columns=columns,
+        rows=rows,
+        claims=claims,
+        note="*Extra* is the peak of the resident memory during the export less what was resident before it, in the "
+        "worst run; times are medians of runs that alternate, each in a process of its own. `save_file` is given "
+        "tensors that are merged already and leaves them in the page cache; the export dequantizes, merges, writes, "
+        "reads headers and a sample again, and ends with the bytes on disk: *with fsync* compares like with like.",
     )
 
 

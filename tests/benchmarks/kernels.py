@@ -4,7 +4,7 @@ Weights are 4096 x 4096 and 11008 x 4096 (Llama-2-7B's) on a GPU, 512 x 512 and 
 doubly, to bfloat16. Speed is what has to move (codes, constants, weight) over the time, beside that of a copy:
 
   ours          the operator lightning_lora::dequantize_nf4: one Triton kernel on CUDA, bitsandbytes' two on the CPU
-  into a buffer the same, into memory used over again
+  into a buffer the same, into memory used over again (on the CPU through a copy: its kernels know no output)
   bitsandbytes  functional.dequantize_4bit: three kernels on CUDA
   copy          one tensor to another
 
@@ -12,6 +12,8 @@ With --device cuda, products with few tokens follow: dequantizing and multiplyin
 reads the codes themselves. From how many tokens on the first is faster decides MOST_TOKENS in
 lightning_lora/kernels/few_tokens.py. gemm_4bit rounds in another place, so its largest difference from float64 is shown
 beside ours: a layer may take it only where that is no worse.
+
+On the CPU nothing is claimed: the kernels are bitsandbytes', and the operator adds some 10 us of Python to each call.
 
 Before anything is timed, ours is compared with bitsandbytes bit by bit; a difference stops the run.
 """
@@ -53,14 +55,14 @@ def dequantization(device: str, rounds: int) -> Report:
         speed = {name: gigabytes(shape, name) / time for name, time in seconds.items()}
         cells: list[Cell] = [f"{1e6 * seconds[name]:.0f} us, {speed[name]:.0f} GB/s" for name in seconds]
         rows.append([f"{shape[0]} x {shape[1]}", *cells, speed["ours"] / speed["copy"]])
-        claims.append(
-            Claim(
-                f"{shape[0]} x {shape[1]}: no slower than bitsandbytes' function, ours / theirs",
-                seconds["ours"] / seconds["bitsandbytes"],
-                1.0,
-            )
-        )
         if device == "cuda":
+            claims.append(
+                Claim(
+                    f"{shape[0]} x {shape[1]}: no slower than bitsandbytes' function, ours / theirs",
+                    seconds["ours"] / seconds["bitsandbytes"],
+                    1.0,
+                )
+            )
             claims.append(
                 Claim(
                     f"{shape[0]} x {shape[1]}: at least 80% of a copy's speed, copy / ours",

@@ -7,6 +7,8 @@ from contenders import ALPHA_OVER_R, Adapted, Case, Weights
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_lora.nn import dropout
+
 SEED = 20
 
 TOLERANCE = {
@@ -46,8 +48,10 @@ def _kept(case: Case, adapted: Adapted, x: Tensor) -> Tensor:
     """The mask the layer will draw under ``SEED``, times ``1 / (1 - p)``: dropout in the dtype the layer drops in."""
     if not case.dropout:
         return torch.ones((), dtype=torch.float64)
-    drops_in = torch.promote_types(x.dtype, adapted.A.dtype) if _is_peft(adapted) else x.dtype
     torch.manual_seed(SEED)
+    if not _is_peft(adapted):
+        return dropout.kept(dropout.draw_seed(), x.shape, case.dropout, torch.float64, x.device) / (1 - case.dropout)
+    drops_in = torch.promote_types(x.dtype, adapted.A.dtype)
     return (F.dropout(torch.ones(x.shape, dtype=drops_in), case.dropout) != 0).double() / (1 - case.dropout)
 
 

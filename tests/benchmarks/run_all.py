@@ -21,11 +21,14 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCRIPTS = (
     "linear_step.py",
+    "transformer_step.py",
     "dora_step.py",
     "saved_activations.py",
+    "recomputation.py",
     "injection.py",
     "quantization_memory.py",
     "callback_overhead.py",
+    "monitor_overhead.py",
     "routing.py",
 )
 INTRODUCTION = """# Benchmarks on a CPU
@@ -97,7 +100,13 @@ def markdown(documents: list[dict[str, Any]]) -> str:
     environment = max(environments, key=lambda each: str(each["date"]))
     where = "\n".join(f"- {name}: {value}" for name, value in environment.items())
     reports = [Report.from_json({k: v for k, v in document.items() if k != "environment"}) for document in documents]
-    return "\n\n".join([INTRODUCTION, where, *(report.markdown().rstrip() for report in reports)]) + "\n"
+    sections = [report.markdown().rstrip() for report in reports]
+    for index, document in enumerate(documents):
+        if document["environment"] != environment:
+            sections[index] += "\n\nMeasured on " + ", ".join(
+                f"{name} {value}" for name, value in document["environment"].items() if value != environment[name]
+            )
+    return "\n\n".join([INTRODUCTION, where, *sections]) + "\n"
 
 
 if __name__ == "__main__":

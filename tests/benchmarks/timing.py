@@ -15,8 +15,10 @@ WARM_UP = 3
 """Rounds not counted: allocator, thread pool and the kernels' own caches fill in them."""
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each contender in each round."""
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Return the seconds of each contender in each round, by ``clock``."""
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
@@ -24,7 +26,7 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> 
     try:
         for index in range(-WARM_UP, rounds):
             for name in names[index % len(names) :] + names[: index % len(names)]:
-                elapsed = _seconds(contenders[name])
+                elapsed = _seconds(contenders[name], clock)
                 if index >= 0:
                     seconds[name].append(elapsed)
             gc.collect()
@@ -39,7 +41,7 @@ def median_ratio(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start

@@ -22,6 +22,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.cli.main import main
+from lightning_lora.io.inspection import inspect as inspect_file
 from tests.callbacks import conftest
 from tests.callbacks.conftest import Module, loader
 from tests.conftest import Net, randomize
@@ -255,3 +256,77 @@ def test_what_cannot_be_converted_without_the_model_says_how_else(trainer, tmp_p
     run.fit(Conv(), loader())
     said = refused(["convert", run.checkpoint_callback.best_model_path, "--out", tmp_path / "out"], capsys)
     assert "net.conv (conv) cannot be converted without the model. Use load_from_checkpoint" in said
+
+
+def moved(module):
+    """A start is a place to go from."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_checkpoint_that_started_in_the_weight_becomes_a_folder_right_on_the_original_base(init, trainer, tmp_path):
+    run = trainer(LoRACallback(r=4, init=init, quantization=None, merge=False), max_epochs=1)
+    module = seeded()
+    run.fit(module, loader())
+    moved(module)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    expected = module.eval()(TOKENS)
+    assert main(["convert", str(tmp_path / "x.ckpt"), "--out", str(tmp_path / "out")]) == 0
+    loaded = load_adapter(seeded().net, tmp_path / "out").eval()
+    assert torch.allclose(loaded(TOKENS), expected, atol=1e-5)  # as one update of twice the rank: other sums
+    update = module.net.blocks[0]["q_proj"].merged_weight() - module.net.blocks[0]["q_proj"].base_weight()
+    for path in (tmp_path / "x.ckpt", tmp_path / "out"):
+        norms = {each["name"].removeprefix("net."): each["norm_update"] for each in _layers(path)}
+        assert norms["blocks.0.q_proj"] == pytest.approx(update.norm().item(), rel=1e-4)  # a difference in float32
+    assert main(["convert", str(tmp_path / "out"), "--out", str(tmp_path / "back.ckpt"), "--prefix", "net."]) == 0
+    assert torch.allclose(_load(tmp_path / "back.ckpt")(TOKENS), expected, atol=1e-5)
+
+
+def _layers(path):
+    return inspect_file(path)["layers"]
+
+
+def test_a_folder_whose_base_was_quantized_without_the_start_is_no_checkpoint_any_more(trainer, tmp_path, capsys):
+    run = trainer(LoRACallback(r=4, init="pissa", output_dir=tmp_path / "out"), max_epochs=1)
+    run.fit(seeded(), loader())
+    said = refused(["convert", tmp_path / "out", "--out", tmp_path / "back.ckpt"], capsys)
+    assert "quantized without the start" in said
+    assert "Keep the checkpoint" in said
+
+
+@pytest.mark.parametrize("method", ["dora", "lora_fa", "vera"])
+def test_checkpoints_of_other_methods_are_described_and_not_converted_wrongly(method, trainer, tmp_path, capsys):
+    run = trainer(LoRACallback(method=method, r=4), max_epochs=1)
+    run.fit(seeded(), loader())
+    path = run.checkpoint_callback.best_model_path
+    found = inspected(path, capsys)
+    assert found["method"] == method
+    assert {"dora": "norm_magnitude_vector", "lora_fa": "norm_update", "vera": "norm_vera_lambda_b"}[method] in found[
+        "layers"
+    ][0]
+    assert main(["inspect", path]) == 0
+    assert main(["verify", path]) == 0
+    capsys.readouterr()
+    said = refused(["convert", path, "--out", tmp_path / "out"], capsys)
+    assert f"method '{method}'" in said
+    assert "save_adapter" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_on_attention_are_described_by_projection_and_no_reader_is_promised(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(8, 2), "out": torch.nn.Linear(8, 8)})
+    save_adapter(randomize(inject(model, ["attn.q_proj", "attn.out_proj", "out"], LoRAConfig(r=2))), tmp_path / "a")
+    found = inspected(tmp_path / "a", capsys)
+    assert found["targets"] == ["attn.out_proj", "attn.q_proj", "out"]
+    norms = {each["name"]: each["norm_update"] for each in found["layers"]}
+    for name in found["targets"]:
+        layer = model.get_submodule(name)
+        update = (layer.merged_weight() - layer.base_weight()).double()
+        assert norms[name] == pytest.approx(update.norm().item(), rel=1e-4)  # a difference in float32
+    assert "an adapted attention" in found["readers"]["vLLM"]
+    assert main(["convert", str(tmp_path / "a"), "--out", str(tmp_path / "x.ckpt")]) == 0
+    said = refused(["convert", tmp_path / "x.ckpt", "--out", tmp_path / "b"], capsys)
+    assert "projection of an attention" in said

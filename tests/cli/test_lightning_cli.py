@@ -160,7 +160,7 @@ def test_every_value_can_be_set_on_the_command_line(options, attribute, value):
 
 @pytest.mark.parametrize(
     ("section", "trained_by"),
-    [({"r": 4}, "PagedAdamW8bit"), ({"r": 4, "quantization": None, "optimizer": None}, "AdamW")],
+    [({"r": 4}, "FlatPagedAdamW8bit"), ({"r": 4, "quantization": None, "optimizer": None}, "AdamW")],
     ids=["qlora", "lora"],
 )
 def test_the_optimizer_section_trains_the_adapters_on_its_schedule(config, section, trained_by):
@@ -372,3 +372,15 @@ def test_the_qlora_recipe_learns_a_text_of_the_users(monkeypatch, tmp_path):
     assert held_out[-1] < held_out[0]
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 8
     assert not any("adapters" in name for name in load_file(tmp_path / "out" / "merged" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["AdapterMonitor", "lightning_lora.AdapterMonitor"])
+def test_the_monitor_is_named_in_yaml(config, tmp_path, name):
+    monitor = {"class_path": name, "init_args": {"every_n_steps": 4, "metrics": ["update", "memory"], "tokens": "ids"}}
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "", "version": "logs"}}
+    ran = LoRACLI(args=["fit", "--config", config(trainer={"callbacks": [monitor], "logger": logger})])
+    header, *rows = (tmp_path / "logs" / "metrics.csv").read_text().splitlines()
+    assert "lora/update_norm" in header
+    assert "lora/tokens_per_second" not in header
+    assert len([row for row in rows if row]) >= 2
+    assert ran.trainer.callback_metrics["lora/update_norm"] > 0

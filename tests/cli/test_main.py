@@ -37,7 +37,7 @@ def test_demo_writes_adapter_merged_model_pictures_and_report(demo):
 def test_demo_reports_nf4_the_paged_optimizer_and_an_exact_merge(demo):
     report = json.loads((demo[1] / "report.json").read_text())
     assert report["base_storage"] == "nf4/64 double-quantized"
-    assert report["optimizer"]["name"] == "bitsandbytes.optim.PagedAdamW8bit"
+    assert report["optimizer"]["name"] == "lightning_lora.optim.FlatPagedAdamW8bit"
     assert (
         report["base_bytes"] < 0.14 * report["base_bytes_float32"]
     )  # 4.127 of 32 bits is 0.129; small layers round up

@@ -279,17 +279,13 @@ def trial(work: Path, originals: Path, draw: random.Random, watch: Watch, expect
     return "another adapter, and said so" if watch.told else "SILENT CHANGE"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--trials", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+def run(trials: int, seed: int) -> Counter[str]:
+    """Run the trials and count how they ended."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     watch = Watch()
     signal.signal(signal.SIGALRM, timed_out)
     outcomes: Counter[str] = Counter()
-    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
         originals, work = Path(place) / "originals", Path(place) / "work"
         originals.mkdir()
@@ -302,20 +298,33 @@ def main() -> int:
             assert torch.equal(check(X), expected)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTE, resource.RLIM_INFINITY))
-        for number in range(options.trials):
-            outcome = trial(work, originals, random.Random(f"{options.seed} {number}"), watch, expected)
+        for number in range(trials):
+            outcome = trial(work, originals, random.Random(f"{seed} {number}"), watch, expected)
             outcomes[outcome if outcome.islower() else outcome.split(":")[0]] += 1
             if outcome[0].isupper():
                 print(f"trial {number}: {outcome}", flush=True)
-                kept = Path(tempfile.gettempdir()) / f"lightning_lora_fuzz_{options.seed}_{number}"
+                kept = Path(tempfile.gettempdir()) / f"lightning_lora_fuzz_{seed}_{number}"
                 shutil.rmtree(kept, ignore_errors=True)
                 shutil.copytree(work, kept, symlinks=True)
+    return outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--trials", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the counts here")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    outcomes = run(options.trials, options.seed)
     for outcome, count in outcomes.most_common():
         print(f"{count:7,}  {outcome}")
     seconds = time.perf_counter() - began
     print(
         f"{options.trials:,} trials, seed {options.seed}, {seconds:.0f} s ({options.trials / seconds:.0f} per second)"
     )
+    if options.json is not None:
+        options.json.write_text(json.dumps(outcomes))
     return 1 if any(outcome[0].isupper() for outcome in outcomes) else 0
 
 

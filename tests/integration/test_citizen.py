@@ -294,8 +294,8 @@ OF_JSONARGPARSE = "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarni
 @pytest.mark.parametrize(
     ("kind", "words", "optimizer", "rates"),
     [
-        (WithOptimizer, [], "PagedAdamW8bit", [1e-2, 7e-3]),
-        (Plain, ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01"], "PagedAdamW8bit", [1e-2, 1e-2]),
+        (WithOptimizer, [], "FlatPagedAdamW8bit", [1e-2, 7e-3]),
+        (Plain, ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01"], "FlatPagedAdamW8bit", [1e-2, 1e-2]),
         (Plain, ["--optimizer=torch.optim.SGD", "--optimizer.lr=0.01"], "SGD", [1e-2, 1e-2]),
         (
             Plain,
@@ -305,13 +305,13 @@ OF_JSONARGPARSE = "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarni
                 "--lr_scheduler=torch.optim.lr_scheduler.ExponentialLR",
                 "--lr_scheduler.gamma=0.5",
             ],
-            "PagedAdamW8bit",
+            "FlatPagedAdamW8bit",
             [1e-2, 5e-3],
         ),
         (
             WithCallable,
             ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.02"],
-            "PagedAdamW8bit",
+            "FlatPagedAdamW8bit",
             [2e-2, 2e-2],
         ),
     ],
@@ -372,7 +372,7 @@ print(type(cli.trainer.optimizers[0]).__name__)
 
 def test_short_names_of_optimizers_still_parse_with_the_package_imported():
     """Behaviour 2. In a process of its own: here bitsandbytes, which has an AdamW too, is imported already."""
-    assert python(SHORT_NAME).endswith("PagedAdamW8bit")
+    assert python(SHORT_NAME).endswith("FlatPagedAdamW8bit")
 
 
 def python(code: str) -> str:
@@ -931,7 +931,7 @@ def test_manual_optimization_steps_two_optimizers_with_accumulation_and_clipping
     run = trainer(look, rates, LoRACallback(r=4, optimizer=optimizer), max_epochs=3)
     run.fit(module, loader())
     assert run.global_step == 3 * 2 * 2
-    expected = ["PagedAdamW8bit"] * 2 if optimizer else ["AdamW", "Adam"]
+    expected = ["FlatPagedAdamW8bit"] * 2 if optimizer else ["AdamW", "Adam"]
     assert [type(each).__name__ for each in look.optimizers] == expected
     assert [len(each.param_groups[0]["params"]) for each in look.optimizers] == [8, 4]
     assert all(not torch.equal(look.after[name], look.before[name]) for name in look.trained)
@@ -1372,5 +1372,7 @@ def test_loggers_and_monitors_see_the_run(trainer, tmp_path):
     assert not adapted_layers(module)
     with Path(logger.log_dir, "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["lr-PagedAdamW8bit"]) for row in rows if row["lr-PagedAdamW8bit"]] == pytest.approx([1e-2, 7e-3])
+    assert [float(row["lr-FlatPagedAdamW8bit"]) for row in rows if row["lr-FlatPagedAdamW8bit"]] == pytest.approx(
+        [1e-2, 7e-3]
+    )
     assert len([row for row in rows if row["val"]]) == 2

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -225,6 +224,23 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "r of ten million": (edit_config(r=10**7), "r is|more than|disagree"),
     "r as text": (edit_config(r="2"), "r must be"),
     "r of 4.5": (edit_config(r=4.5), "r must be"),
+    "r of -1": (edit_config(r=-1), "r must be"),
+    "the config cut by its last bytes": (
+        edit_bytes(CONFIG, lambda data: data.__delitem__(slice(-2, None))),
+        "not JSON",
+    ),
+    "a bit of the config flipped": (
+        edit_bytes(CONFIG, lambda data: data.__setitem__(data.index(b"lora_alpha") + 13, ord("4") ^ 1)),
+        r"disagree.*alpha",
+    ),
+    "the config in the place of the weights": (
+        lambda f: (f / WEIGHTS).write_bytes((f / CONFIG).read_bytes()),
+        WEIGHTS,
+    ),
+    "the weights in the place of the config": (
+        lambda f: (f / CONFIG).write_bytes((f / WEIGHTS).read_bytes()),
+        f"{CONFIG}.*not JSON",
+    ),
     "r null": (edit_config(r=None), "r must be"),
     "alpha of 1e30": (edit_config(lora_alpha=1e30), "alpha"),
     "alpha infinite": (edit_config(lora_alpha=float("inf")), "alpha"),
@@ -246,6 +262,7 @@ def test_damage_is_named_and_nothing_changes(damage, words, present, folder):
     assert re.search(words, said, re.DOTALL), said
     assert said.startswith(str(folder))
     assert len(said.splitlines()) <= 6
+    assert re.search(r"\. (Put back|Copy it|Load |Update it|In |Go back)|; only names", said), said
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
@@ -291,6 +308,18 @@ def test_what_is_no_damage_loads_the_very_adapter(damage, folder):
 def test_another_base_is_refused(model, words, folder):
     with pytest.raises(AdapterError, match=words):
         load_adapter(model(), folder)
+
+
+def test_a_save_killed_between_its_two_files_is_the_new_adapter(folder, tmp_path, caplog):
+    old = (folder / CONFIG).read_bytes()
+    model = inject(base(), ["q_proj", "up_proj"], LoRAConfig(r=4, alpha=3))
+    save_adapter(randomize(model), folder)
+    (folder / CONFIG).write_bytes(old)
+    assert torch.equal(load_adapter(base(), folder)(TOKENS), model(TOKENS))
+    assert "the last was interrupted" in caplog.text
+    edit_config(lora_alpha=5)(folder)  # what is neither of the two was edited
+    with pytest.raises(AdapterError, match="does not name: blocks"):
+        load_adapter(base(), folder)
 
 
 def test_the_same_base_in_other_bits_is_that_base(folder):
@@ -452,7 +481,7 @@ def ran(tmp_path):
 @pytest.mark.parametrize("how", ["fit", "test", "load_from_checkpoint"])
 def test_code_in_a_checkpoint_is_not_run(place, how, checkpoint, trainer, ran):
     saved_again(lambda found: found.update({place: {"x": Bomb(ran)}}))(checkpoint)
-    with pytest.raises((LoRAError, pickle.UnpicklingError), match="mkdir"):
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(checkpoint))}.*mkdir.*save it again"):
         load(how, checkpoint, trainer)
 
 
@@ -462,11 +491,24 @@ def test_a_checkpoint_at_a_url_is_refused_before_it_is_fetched(url, trainer):
         trainer(LoRACallback(r=2)).fit(Seeded(), loader(), ckpt_path=url)
 
 
-@pytest.mark.parametrize("key", ["_instantiator", "_class_path"])
+@pytest.mark.parametrize("key", ["_instantiator", "_class_path", "class_path", "auto_map"])
 def test_a_checkpoint_cannot_name_what_builds_the_module(key, checkpoint, ran):
     settings = {key: "os.mkdir", "path": str(ran)}
     saved_again(lambda found: found.update(hyper_parameters=settings, hparams_name="kwargs"))(checkpoint)
     with suppress(Exception):  # whether Lightning refuses it or passes it over, nothing is to be made
+        load_from_checkpoint(Seeded, checkpoint)
+
+
+def test_hyperparameters_in_yaml_cannot_run_code(checkpoint, ran, tmp_path):
+    (tmp_path / "hparams.yaml").write_text(f"x: !!python/object/apply:os.mkdir ['{ran}']\n")
+    with suppress(Exception):  # it is Lightning that reads it
+        load_from_checkpoint(Seeded, checkpoint, hparams_file=tmp_path / "hparams.yaml")
+
+
+def test_a_config_in_a_checkpoint_builds_nothing(checkpoint, ran):
+    call = {"class_path": "os.mkdir", "init_args": {"path": str(ran)}}
+    saved_again(lambda found: found.update(hyper_parameters={"net": call, "optimizer": call}))(checkpoint)
+    with suppress(Exception):  # a module that takes no such arguments may refuse them
         load_from_checkpoint(Seeded, checkpoint)
 
 

@@ -11,8 +11,24 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from lightning_lora import AdapterError, LoRAConfig, MergeError, export_merged, inject, merge, quantize, save_adapter
+from lightning_lora import (
+    AdapterError,
+    DoRAConfig,
+    LoRAConfig,
+    LoRAFAConfig,
+    MergeError,
+    VeRAConfig,
+    delete_adapter,
+    export_merged,
+    inject,
+    merge,
+    quantize,
+    save_adapter,
+)
 from lightning_lora.io.shards import as_bytes
 from lightning_lora.model.layers import adapted_layers
 from tests.conftest import Net, randomize
@@ -219,3 +235,87 @@ def test_transformers_loads_the_export_and_gives_the_adapted_logits(quantized, s
     # the order of summation alone differs: x(W + BA) against xW + xAB, in float32
     assert (logits - adapted_logits).abs().max() <= 1e-5 * adapted_logits.abs().max()
     assert (plain - adapted_logits).abs().max() > 0.1 * adapted_logits.abs().max()
+
+
+METHODS = {
+    "lora": LoRAConfig(r=4),
+    "dora": DoRAConfig(r=4),
+    "lora_fa": LoRAFAConfig(r=4),
+    "vera": VeRAConfig(r=4),
+    "pissa": LoRAConfig(r=4, init="pissa"),
+    "loftq": LoRAConfig(r=4, init="loftq"),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_every_method_and_start_is_written_as_it_merges_on_attention_too(config, quantized, dtype, tmp_path):
+    if config.starts_from == "quantization" and not quantized:
+        pytest.skip("loftq starts where the base is quantized")
+    model = nn.ModuleDict({"enc": nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), "out": nn.Linear(64, 64)})
+    inject(model, ["enc.self_attn.*_proj", "enc.linear1"], config)
+    if quantized:
+        quantize(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)  # a start is a place to go from
+    export_merged(model, tmp_path, dtype=dtype)
+    merged = merge(model, dtype=dtype).state_dict()
+    found = read(tmp_path)
+    assert "enc.self_attn.in_proj_weight" in found
+    assert_equal(found, {key: tensor if dtype is None else tensor.to(dtype) for key, tensor in merged.items()})
+
+
+def test_a_quantized_attention_that_has_lost_its_adapters_is_refused(tmp_path):
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(64, 4), "out": nn.Linear(64, 64)})
+    quantize(inject(model, "attn.q_proj", LoRAConfig(r=2)))
+    inject(model, "out", LoRAConfig(r=2), name="other")
+    delete_adapter(model, "default")
+    with pytest.raises(MergeError, match=r"attn\.q_proj.* is quantized and has no adapter"):
+        export_merged(model, tmp_path)
+
+
+def test_shards_written_over_shards_never_take_the_names_in_use(tmp_path):
+    for number in range(3):
+        model = randomize(adapted(), std=0.1 + number)
+        export_merged(model, tmp_path, max_shard_size="40KB")
+        names = {path.name for path in tmp_path.glob("*.safetensors")}
+        assert all(name.startswith("model-b-" if number % 2 else "model-0") for name in names)
+        assert_equal(read(tmp_path), merge(model).state_dict())
+
+
+class Tracked(TorchDispatchMode):
+    """Counts the bytes of all tensors made within the context that are still alive, and keeps the most there were."""
+
+    def __init__(self, before: nn.Module) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in before.state_dict().values()}
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: each for key, each in self.alive.items() if not each[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return made
+
+
+@pytest.mark.parametrize("size", ["5GB", "500KB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_an_export_holds_a_layer_and_its_update_and_no_more(quantized, dtype, size, tmp_path):
+    model = randomize(inject(Net(width=256, depth=6).to(dtype), config=LoRAConfig(r=2)))
+    if quantized:
+        quantize(model)
+    with Tracked(model) as tracked:
+        export_merged(model, tmp_path, max_shard_size=size)
+    largest = 256 * 512 * 4  # sums are in float32
+    # 16 KB are for the factors and what is small.
+    assert largest < tracked.peak <= 2 * largest + 2**14
+    assert tracked.peak < sum(t.nbytes for t in read(tmp_path).values()) / 2

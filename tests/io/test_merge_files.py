@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, export_merged, inject, quantize, save_adapter
 from lightning_lora.cli.main import main
+from lightning_lora.nn.base import dense_weight
 from tests.conftest import Net, randomize
 
 
@@ -208,3 +209,79 @@ def test_a_mismatch_can_be_allowed(base, tmp_path):
     save_adapter(trained(base), tmp_path / "adapter")
     change(base, **{"downs.0.weight": torch.randn(64, 128)})
     assert run(base, tmp_path / "adapter", tmp_path / "out", "--allow-base-mismatch") == 0
+
+
+# ---- attention, and adapters that started in the base weight
+
+
+class Attending(nn.Module):
+    """torch's attention, which packs three projections into one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enc = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+        self.out = nn.Linear(64, 64)
+
+
+@pytest.fixture
+def attending(tmp_path) -> Path:
+    save_file(Attending().state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("targets", [["enc.self_attn.*_proj", "out"], "enc.self_attn.v_proj", "enc.self_attn.out_proj"])
+def test_adapters_on_attention_are_merged_into_the_packed_tensor(targets, quantized, attending, tmp_path, capsys):
+    model = randomize(inject(Attending(), targets, LoRAConfig(r=2)))
+    if quantized:
+        quantize(model)
+    save_adapter(model, tmp_path / "adapter")
+    export_merged(model, tmp_path / "live")
+    assert run(attending, tmp_path / "adapter", tmp_path / "out") == 0, capsys.readouterr().err
+    assert_equal(read(tmp_path / "out"), read(tmp_path / "live"))
+    assert main(["verify", str(tmp_path / "adapter"), "--base", str(attending)]) == 0
+    assert "base is the one trained on" in capsys.readouterr().out
+
+
+def started(attending: Path, init: str, *, quantized: bool) -> nn.Module:
+    model = inject(Attending(), ["enc.linear1", "out"], LoRAConfig(r=2, init=init))
+    if quantized:
+        quantize(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_started_in_the_weight_is_merged_as_the_live_model_is(init, attending, tmp_path):
+    model = started(attending, init, quantized=False)
+    save_adapter(model, tmp_path / "adapter")
+    export_merged(model, tmp_path / "live")
+    assert run(attending, tmp_path / "adapter", tmp_path / "out") == 0
+    live = read(tmp_path / "live")
+    for key, tensor in read(tmp_path / "out").items():
+        # The update is written as one of twice the rank, so that its sums are in another order: a few last places.
+        assert torch.allclose(tensor, live[key], rtol=0, atol=1e-6 * live[key].abs().max().item()), key
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_over_a_base_quantized_without_the_start_the_trained_weight_is_refused_and_the_drift_is_a_bound(
+    init, attending, tmp_path, capsys
+):
+    model = started(attending, init, quantized=True)
+    save_adapter(model, tmp_path / "adapter")
+    export_merged(model, tmp_path / "live")
+    assert run(attending, tmp_path / "adapter", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert re.search(r"enc\.linear1.*started in the base weight.*export_merged.*--onto original", said, re.DOTALL), said
+    assert not (tmp_path / "out").exists()
+    assert run(attending, tmp_path / "adapter", tmp_path / "out", "--onto", "original") == 0
+    said = capsys.readouterr().out
+    assert "may differ" in said
+    found, live, base = read(tmp_path / "out"), read(tmp_path / "live"), load_file(attending)
+    for name in ("enc.linear1", "out"):
+        plain = quantize(inject(nn.Sequential(copy.deepcopy(Attending().get_submodule(name))), "0", LoRAConfig(r=1)))
+        bound = (dense_weight(plain[0].base_layer, torch.float32) - base[f"{name}.weight"]).norm()
+        assert (found[f"{name}.weight"] - live[f"{name}.weight"]).norm() <= bound * 1.0001, name  # sums in float32

@@ -64,7 +64,9 @@ def test_one_is_trained_on_top_of_another_that_stays_as_it_is(net, tokens):
     both = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
     net.zero_grad()
     activate(net, "a", "b", train="b")(tokens).square().sum().backward()
-    assert all(torch.equal(p.grad, both[name]) for name, p in net.named_parameters() if ".b." in name)
+    for name, p in net.named_parameters():
+        if ".b." in name:  # in float64; below a frozen adapter, the products are summed in another order
+            assert relative_difference(p.grad, both[name]) <= 1e-12
 
 
 def test_adapters_are_used_without_being_trained(net, tokens):

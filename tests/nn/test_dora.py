@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import AdapterError, DoRAConfig, LoRAConfig, activate, disabled, inject, merge, quantize
+from lightning_lora.nn import dropout
 from lightning_lora.nn.dora import DoRA
 from lightning_lora.nn.functional import row_norms
 from lightning_lora.nn.kinds import kind_of
@@ -146,7 +147,8 @@ def test_dropout_acts_on_the_update_alone():
     torch.manual_seed(3)
     found = model(x)
     torch.manual_seed(3)
-    update = SCALE * nn.functional.dropout(x, 0.5) @ adapter.lora_A.T @ adapter.lora_B.T
+    dropped = x * dropout.kept(dropout.draw_seed(), x.shape, 0.5, x.dtype, x.device) / (1 - 0.5)
+    update = SCALE * dropped @ adapter.lora_A.T @ adapter.lora_B.T
     V = base.weight + SCALE * adapter.lora_B @ adapter.lora_A
     factor = adapter.lora_magnitude_vector / V.norm(dim=1)
     expected = factor * (x @ base.weight.T + update) + base.bias

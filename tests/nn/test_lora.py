@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject
+from lightning_lora.nn import dropout
 from lightning_lora.nn.linear import LinearKind
 from lightning_lora.nn.lora import LoRA
 from tests.conftest import randomize
@@ -77,11 +78,12 @@ def test_dropout_acts_on_the_adapter_alone_while_training():
     x = torch.ones(64, IN, dtype=torch.float64)
     base = host.base_layer(x)
     torch.manual_seed(3)
-    dropped = host(x) - base
+    found = host(x) - base
     torch.manual_seed(3)
     adapter = host.adapter("default")
-    expected = nn.functional.dropout(x, 0.5) @ adapter.lora_A.T @ adapter.lora_B.T * (ALPHA / R)
-    assert torch.allclose(dropped, expected, atol=1e-12)
+    dropped = x * dropout.kept(dropout.draw_seed(), x.shape, 0.5, x.dtype, x.device) / (1 - 0.5)
+    expected = dropped @ adapter.lora_A.T @ adapter.lora_B.T * (ALPHA / R)
+    assert torch.allclose(found, expected, atol=1e-12)
     host.eval()
     assert torch.equal(host(x), host(x))
 

@@ -3,12 +3,12 @@
 import copy
 import warnings
 
-import bitsandbytes
 import pytest
 import torch
 from torch.optim import lr_scheduler
 
 from lightning_lora import OptimizerError, inject
+from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
 from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import rewrite_optimizers
 
@@ -38,10 +38,10 @@ def rewrite(net, optimizer, *schedulers):
     return rewrite_optimizers(net, [optimizer], schedulers, paged_8bit=True)[0]
 
 
-def test_adamw_becomes_bitsandbytes_paged_8bit_adamw_over_exactly_the_adapters(net):
+def test_adamw_becomes_the_paged_8bit_adamw_over_exactly_the_adapters(net):
     inject(net, train="head")
     optimizer = rewrite(net, torch.optim.AdamW(groups(net)))
-    assert type(optimizer) is bitsandbytes.optim.PagedAdamW8bit
+    assert type(optimizer) is FlatPagedAdamW8bit
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in net.parameters() if p.requires_grad}
     assert len(held) == len({id(p) for p in held})
@@ -113,6 +113,8 @@ def test_without_the_swap_adamw_stays_and_is_narrowed(net):
             r"8 of 12 trainable parameters are in no optimizer.*lora_A",
         ),
         (lambda net: torch.optim.AdamW(net.parameters(), amsgrad=True), "amsgrad=True in group 0.*optimizer=None"),
+        (lambda net: torch.optim.AdamW(net.parameters(), maximize=True), "maximize=True in group 0.*optimizer=None"),
+        (lambda net: torch.optim.AdamW(net.parameters(), differentiable=True), "differentiable=True in group 0"),
         (lambda net: torch.optim.Adam(net.parameters(), weight_decay=0.1), "adds its weight_decay=0.1.*AdamW"),
     ],
 )
@@ -144,10 +146,10 @@ def test_the_report_before_the_first_step_is_what_the_state_then_is(net, tokens)
     assert len(large) == after.in_8bit == 1
     assert after.paged == 0
     assert before.state_bytes == 0
-    # 32-bit moments take 8 bytes an element, 8-bit ones 2 with two float32 per 256; two tables of 256 levels are shared
-    small = sum(p.numel() for p in net.parameters() if p.requires_grad) - large[0].numel()
-    assert after.state_bytes == 8 * small + 2 * large[0].numel() + 2 * 4 * large[0].numel() // 256 + 2 * 4 * 256
-    assert str(after).startswith("bitsandbytes.optim.PagedAdamW8bit")
+    # 32-bit moments take 8 bytes an element, 8-bit ones 2 with two float32 per 256; each tensor begins a block
+    small = sum(-(-p.numel() // 256) * 256 for p in net.parameters() if p.requires_grad) - large[0].numel()
+    assert after.state_bytes == 8 * small + 2 * large[0].numel() + 2 * 4 * large[0].numel() // 256
+    assert str(after).startswith("lightning_lora.optim.FlatPagedAdamW8bit")
 
 
 def test_a_scheduler_inside_a_users_own_scheduler_follows(net):
@@ -191,3 +193,17 @@ def test_lbfgs_steps_over_the_adapters_alone(net, tokens):
         optimizer.step(closure)
     optimizer.state_dict()
     assert closure().item() < first
+
+
+def test_hooks_registered_on_the_optimizer_go_on_and_can_be_removed(net, tokens):
+    inject(net)
+    original, calls = torch.optim.AdamW(net.parameters()), []
+    handle = original.register_step_pre_hook(lambda *_: calls.append("step"))
+    original.register_state_dict_post_hook(lambda _, state: {**state, "mine": 1})
+    optimizer = rewrite(net, original)
+    net(tokens).sum().backward()
+    optimizer.step()
+    handle.remove()
+    optimizer.step()
+    assert calls == ["step"]
+    assert optimizer.state_dict()["mine"] == 1

@@ -80,6 +80,7 @@ def run(task: Task, out: Path, *, steps: int, r: int = 8) -> dict[str, Any]:
     fit_seconds = _fit(module, task.train, [observer, lora], steps)
     after = _score(task)
     report = _report(task, observer, before, after, module, out)
+    report |= {"losses": [round(loss, 4) for loss in observer.losses]}
     report |= {"fit_seconds": round(fit_seconds, 1), "seconds": round(time.perf_counter() - began, 1), "steps": steps}
     _show(report, before, after)
     drawn = pictures.draw(out, observer.losses, report)

@@ -1,0 +1,248 @@
+"""A frozen linear layer with a low-rank update as two autograd nodes: ``y = x W^T + b + s (D(x) A^T) B^T``.
+
+The first node computes ``D(x) A^T`` and keeps it and ``x`` for the backward pass. The second computes all the rest and
+keeps nothing but references to weights, so recomputing a checkpointed block stops before its last frozen product.
+Composed of torch's own operations, the same keeps a copy of every cast weight and, with dropout, a mask and the dropped
+input, and adds the gradients of ``x`` in a pass of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
+from torch.nn import functional as F
+
+from lightning_lora.nn import dropout
+
+_CAST_BY_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a call is made with beside tensors.
+
+    Attributes:
+        scaling: The factor ``s``.
+        p: Probability of dropout.
+        dtype: What is computed in, and the dtype of the result.
+    """
+
+    scaling: float
+    p: float
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """The layer below.
+
+    Attributes:
+        matrix: Gives ``W`` of shape ``(O, I)`` in the dtype that is computed in; called in both passes.
+        bias: Of shape ``(O,)`` or None. It may be trained.
+        weight: The tensor that ``W`` is read from, where there is one: it may not change between the passes.
+    """
+
+    matrix: Callable[[], Tensor]
+    bias: Tensor | None
+    weight: Tensor | None = None
+
+
+def adapted_linear(x: Tensor, frozen: Frozen, lora_A: Tensor, lora_B: Tensor, settings: Settings) -> Tensor:
+    """Return ``x W^T + b + s (D(x) A^T) B^T``; differentiable twice.
+
+    Weights of another dtype are cast for each product, and so is ``x`` under autocast: what is kept is ``x`` itself.
+
+    Args:
+        x: Input of shape ``(..., I)``.
+        frozen: ``W`` and ``b``.
+        lora_A: Down projection of shape ``(R, I)``; requires a gradient, unless none are recorded.
+        lora_B: Up projection of shape ``(O, R)``.
+        settings: Scaling, dropout and dtype.
+
+    Returns:
+        Tensor of shape ``(..., O)``.
+    """
+    u, seed, settings = _dropping(x, settings)
+    if not torch.is_grad_enabled():
+        down = F.linear(_dropped(u, seed, settings), _in(lora_A, settings.dtype))
+        return _onto(x, down, frozen, lora_B, settings)
+    down, update = _Down.apply(u, seed, lora_A, lora_B, settings)  # type: ignore[no-untyped-call]
+    y: Tensor = _Onto.apply(x, down, update, frozen.bias, frozen, lora_A, lora_B, settings)  # type: ignore[no-untyped-call]
+    return y
+
+
+def can_split(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether :func:`adapted_linear` may stand for torch's own operations here.
+
+    Not where something looks into the graph, transforms it or brings tensors of its own: compilers, tracers,
+    ``torch.func``, forward-mode differentiation, distributed tensors. And not with a frozen ``A``, for whose gradient
+    ``x`` need not be kept at all.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return False
+    # torch has no public word for these two; its own autograd functions ask in the same way.
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if torch.is_autocast_enabled(x.device.type) and x.dtype not in _CAST_BY_AUTOCAST:
+        return False  # autocast leaves it as it is
+    plain = all(type(t) is Tensor or type(t) is nn.Parameter for t in (x, lora_A, lora_B))
+    return plain and (lora_A.requires_grad or not torch.is_grad_enabled())
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer computes in: the input's dtype, or autocast's where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def is_plain_and_frozen(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a dense weight is one that :func:`adapted_linear` may multiply with in ``dtype``."""
+    plain = type(weight) is nn.Parameter and not weight.requires_grad and not weight.is_inference()
+    casts = torch.is_autocast_enabled(weight.device.type) and weight.dtype in _CAST_BY_AUTOCAST
+    return plain and (weight.dtype == dtype or casts)
+
+
+class _Down(Function):
+    """``D(x) A^T``, and a stand-in without memory for ``s D(x) A^T B^T``, whose gradient is that of ``y``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, seed: Tensor | None, lora_A: Tensor, lora_B: Tensor, settings: Settings
+    ) -> tuple[Tensor, Tensor]:
+        down = F.linear(_dropped(x, seed, settings), _in(lora_A, settings.dtype))
+        ctx.save_for_backward(x, seed, down)
+        ctx.lora_A, ctx.settings = lora_A, settings
+        shape = (*x.shape[:-1], lora_B.shape[0])
+        return down, down.new_empty_strided(shape, (0,) * len(shape))
+
+    @staticmethod
+    def backward(ctx: Any, grad_down: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """``dA = dd^T D(x)``, ``dB = s dy^T d`` with ``d = D(x) A^T``; ``dx`` where dropout stands between."""
+        x, seed, down = ctx.saved_tensors
+        settings, wants = ctx.settings, ctx.needs_input_grad
+        grad_x = grad_A = grad_B = None
+        with _no_autocast(grad):
+            kept = _kept(x, seed, settings)
+            u = _in(x, settings.dtype) if kept is None else _in(x, settings.dtype) * kept
+            if torch.is_grad_enabled():
+                down = F.linear(u, _in(ctx.lora_A, settings.dtype))  # what was kept knows nothing of x
+            if wants[0] and settings.p > 0:
+                grad_x = grad_down @ _in(ctx.lora_A, settings.dtype)
+                grad_x = grad_x if kept is None else grad_x.mul_(kept)
+            if wants[2]:
+                grad_A = _rows(grad_down).t() @ _rows(u)
+            if wants[3]:  # one product of few rows is faster than one of few columns
+                grad_B = _scaled_product(_rows(down).t(), _rows(grad), settings.scaling).t()
+        return grad_x, None, grad_A, grad_B, None
+
+
+class _Onto(Function):
+    """``y = x W^T + b + s d B^T`` for ``d = D(x) A^T``: two products into one output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        down: Tensor,
+        update: Tensor,
+        bias: Tensor | None,
+        frozen: Frozen,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        settings: Settings,
+    ) -> Tensor:
+        ctx.frozen, ctx.factors, ctx.settings = frozen, (lora_A, lora_B), settings
+        ctx.versions = _versions(ctx)
+        return _onto(x, down, frozen, lora_B, settings)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """``dd = s dy B``, and ``dx = dy W + dd A`` unless dropout stands between: then the first node has the rest."""
+        settings, wants = ctx.settings, ctx.needs_input_grad
+        lora_A, lora_B = ctx.factors
+        _require_unchanged(ctx)
+        grad_x = None
+        with _no_autocast(grad):
+            rows = _rows(grad)
+            grad_down = _scaled_product(rows, _in(lora_B, settings.dtype), settings.scaling)
+            if wants[0]:
+                grad_x = rows @ ctx.frozen.matrix()
+                if settings.p == 0:
+                    grad_x.addmm_(grad_down, _in(lora_A, settings.dtype))
+                grad_x = _unrolled(grad_x, grad)
+            grad_bias = rows.sum(0) if wants[3] else None
+        return grad_x, _unrolled(grad_down, grad), grad, grad_bias, None, None, None, None
+
+
+def _dropping(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor | None, Settings]:
+    """The input of ``A``, and what to draw its mask from if that is still to be done."""
+    if settings.p == 0:
+        return x, None, settings
+    if not dropout.serves(x.device):
+        return F.dropout(x, settings.p), None, settings
+    kept = Settings(settings.scaling / (1 - settings.p), settings.p, settings.dtype)
+    return x, dropout.draw_seed(), kept
+
+
+def _onto(x: Tensor, down: Tensor, frozen: Frozen, lora_B: Tensor, settings: Settings) -> Tensor:
+    dtype, bias = settings.dtype, frozen.bias
+    y = F.linear(_rows(_in(x, dtype)), frozen.matrix(), None if bias is None else _in(bias, dtype))
+    y.addmm_(_rows(down), _in(lora_B, dtype).t(), alpha=settings.scaling)
+    return _unrolled(y, x)
+
+
+def _dropped(x: Tensor, seed: Tensor | None, settings: Settings) -> Tensor:
+    kept = _kept(x, seed, settings)
+    x = _in(x, settings.dtype)
+    return x if kept is None else x * kept
+
+
+def _kept(x: Tensor, seed: Tensor | None, settings: Settings) -> Tensor | None:
+    return None if seed is None else dropout.kept(seed, x.shape, settings.p, settings.dtype, x.device)
+
+
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a cast to the same dtype takes a microsecond
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _unrolled(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows in the leading shape of a tensor."""
+    return rows if like.dim() == 2 else rows.view(*like.shape[:-1], rows.shape[-1])
+
+
+def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """``s a b`` in one operation: with ``beta=0`` what is added to is not read."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Backward runs under the autocast of whoever calls it, which need not be that of the forward pass."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _versions(ctx: Any) -> tuple[int, ...]:
+    """How often each weight that is read again in the backward pass has been written to."""
+    return tuple(weight._version for weight in (*ctx.factors, ctx.frozen.weight) if weight is not None)
+
+
+def _require_unchanged(ctx: Any) -> None:
+    """Raise what torch raises for a saved tensor that was written to."""
+    now = _versions(ctx)
+    if now != ctx.versions:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: lora_A, "
+            f"lora_B and weight of an adapted layer are at versions {now}; expected {ctx.versions}. Was there an "
+            "optimizer step, or were weights loaded, between the forward and the backward pass?"
+        )
