@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, chunked_cross_entropy
 
 Chat = list[dict[str, str]]
 IGNORED = -100
@@ -57,7 +57,8 @@ class Chatter(LightningModule):
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """Mean loss over the tokens of the answers."""
         hidden, labels = self.answers(batch)
-        loss = F.cross_entropy(self.network.get_output_embeddings()(hidden).float(), labels)
+        # The logits of all tokens at once would be the largest tensor of the step.
+        loss = chunked_cross_entropy(hidden, self.network.get_output_embeddings(), labels)
         self.log("loss", loss.detach(), prog_bar=True)
         return loss
 
