@@ -343,7 +343,7 @@ def test_the_command_finds_models_in_the_current_folder_and_a_sigterm_is_no_succ
     assert said.returncode == 128 + signal.SIGTERM, said.stderr
 
 
-@pytest.mark.parametrize("recipe", ["qlora", "lora_ddp"])
+@pytest.mark.parametrize("recipe", ["qlora", "lora_ddp", "dora_per_layer"])
 def test_the_recipes_parse(monkeypatch, capsys, recipe):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
