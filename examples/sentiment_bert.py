@@ -55,7 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """The arguments of ``LoRACallback`` for each method; ``freeze`` trains the last of MiniLM's six layers."""
 
 LEARNING_RATES = {"probe": 1e-2, "freeze": 3e-4, "lora": 1e-3, "qlora": 1e-3, "full": 1e-4}
-"""On a fifth of SST-2's training rows, left out, full is level at 5e-5 and 1e-4, and qlora at 1e-3 and 2e-3."""
+"""On a fifth of SST-2's training rows, left out, full is level at 5e-5 and 1e-4, and QLoRA at 1e-3 and 2e-3."""
 
 
 class Sentiment(LightningModule):
