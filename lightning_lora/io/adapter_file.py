@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lightning_lora.io.atomic import replacing
 from lightning_lora.io.description import VERSION
 from lightning_lora.io.keys import adapter_key, split_adapter_key
 from lightning_lora.model.merge import is_finite
+from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.fingerprint import sha256
 
 WEIGHTS = "adapter_model.safetensors"
@@ -57,12 +58,14 @@ class AdapterFile:
     """A parsed adapter folder: its settings, its tensors by layer, and all other tensors by name.
 
     As :func:`read` returns it, the tensors are on the meta device: shapes and dtypes, as the file says they are.
+    ``configs`` are those of layers whose settings are not as they are here, once that has been worked out.
     """
 
     settings: Mapping[str, Any]
     adapters: Mapping[str, Mapping[str, Tensor]]
     others: Mapping[str, Tensor]
     metadata: Mapping[str, Any] | None
+    configs: Mapping[str, AdapterConfig] = field(default_factory=dict)
 
 
 def write(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterError, listing
-from lightning_lora.io import adapter_file, peft
+from lightning_lora.io import adapter_file, attention, peft, vera
 from lightning_lora.io.adapter_file import AdapterFile
-from lightning_lora.io.attention import PEFT_VERSION, is_packed, pack_configs, pack_tensors, unpacked
-from lightning_lora.io.description import describe, describe_configs
+from lightning_lora.io.attention import PEFT_VERSION, is_packed
+from lightning_lora.io.description import describe, describe_configs, storage, storage_in
 from lightning_lora.io.fingerprint import base_fingerprint, to_json
 from lightning_lora.io.fitting import check_base, plan_for, require_same
 from lightning_lora.io.keys import PREFIX, adapter_key, canonical, leaves, shape_on_disk, trained_key
@@ -46,7 +46,7 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
     layers = {path: layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
     configs = {canonical(path): adapter.config for path, adapter in plain_adapters(model, name).items()}
     settings = peft.to_peft(
-        pack_configs(model, configs),
+        vera.pack_configs(model, attention.pack_configs(model, configs)),
         names=_module_names(model),
         train=map(canonical, trained_modules(model, name)),
         transposed=any(isinstance(layer.kind, LinearKind) and layer.kind.transposed for layer in layers.values()),
@@ -64,7 +64,7 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
         describe(model, name)
         | describe_configs(configs)
         | {
-            "dropout": settings["lora_dropout"],
+            "dropout": peft.dropout_in(settings),
             "base_fingerprint": to_json(base_fingerprint({canonical(path): layer for path, layer in layers.items()})),
         }
     )
@@ -79,12 +79,14 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
             trained module.
     """
     found: dict[str, Tensor] = {}
-    layers = adapter_tensors(model, name)
+    layers, adapters = adapter_tensors(model, name), plain_adapters(model, name)
+    configs = {canonical(path): adapter.config for path, adapter in adapters.items()}
     for path, tensors in layers.items():
         if not is_packed(model, path):
-            found |= _on_disk(path, adapted_layers(model)[path].kind, tensors)
-    for path, tensors in pack_tensors(model, layers).items():
+            found |= _on_disk(path, adapters[path].kind, configs[canonical(path)].method, tensors)
+    for path, tensors in attention.pack_tensors(model, layers).items():
         found |= {adapter_key(path, leaf): tensor for leaf, tensor in tensors.items()}
+    found |= vera.pack_tensors(model, configs, layers)
     whole = trained_modules(model, name)
     held = {id(parameter) for module in whole for parameter in model.get_submodule(module).parameters()}
     stray = [path for path in trained_outside_adapters(model) if id(model.get_parameter(path)) not in held]
@@ -125,14 +127,13 @@ def load_adapter(
     folder = Path(path)
     try:
         outline = adapter_file.read(folder)
-        file = unpacked(model, outline)
-        plan = plan_for(model, file)
-        present = any(name in layer.adapters for layer in adapted_layers(model).values())
-        if present:
+        file = _as_here(model, outline)
+        check_base(model, plan_for(model, file), file, folder, allow_mismatch=allow_base_mismatch)
+        file = _as_here(model, adapter_file.load(folder, outline))
+        plan = plan_for(model, file)  # again: without our header, some of it is known from the values alone
+        if any(name in layer.adapters for layer in adapted_layers(model).values()):
             require_same(model, plan, name)
-        check_base(model, plan, file, folder, allow_mismatch=allow_base_mismatch)
-        file = unpacked(model, adapter_file.load(folder, outline))
-        if not present:
+        else:
             apply(model, plan, name=name)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
@@ -140,16 +141,20 @@ def load_adapter(
     return model
 
 
-def _on_disk(path: str, kind: Kind, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _as_here(model: nn.Module, file: AdapterFile) -> AdapterFile:
+    return vera.unpacked(model, attention.unpacked(model, file))
+
+
+def _on_disk(path: str, kind: Kind, method: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(kind, ConvKind) and kind.groups > 1:
         raise AdapterError(
             f"{path} is a convolution in {kind.groups} groups. PEFT's adapter on such a layer is another function "
             "(every group sees all channels), so its format cannot hold this one. merge(model) and save the model"
         )
-    rank = len(tensors["lora_A"])
+    names = leaves(kind, method)
+    rank = len(tensors["vera_lambda_d" if method == "vera" else "lora_A"])
     return {
-        adapter_key(path, leaf): tensors[key].reshape(shape_on_disk(kind, key, rank))
-        for key, leaf in leaves(kind).items()
+        adapter_key(path, leaf): tensors[key].reshape(shape_on_disk(kind, key, rank)) for key, leaf in names.items()
     }
 
 
@@ -157,8 +162,10 @@ def _on_disk(path: str, kind: Kind, tensors: Mapping[str, Tensor]) -> dict[str, 
 def _fill(model: nn.Module, file: AdapterFile, name: str) -> None:
     for path, layer in adapted_layers(model).items():
         if name in layer.adapters:
-            tensors, names = file.adapters[canonical(path)], leaves(layer.kind)
-            for key, parameter in layer.adapter(name).named_parameters():
+            adapter, stored = layer.adapter(name), storage_in(file.metadata, canonical(path))
+            adapter.trained_over = None if stored == storage(layer.base_layer) else stored
+            tensors, names = file.adapters[canonical(path)], leaves(layer.kind, adapter.config.method)
+            for key, parameter in adapter.named_parameters():
                 parameter.copy_(tensors[names[key]].reshape(parameter.shape))
     state = {canonical(key): tensor for key, tensor in model.state_dict().items()}
     for key, tensor in file.others.items():

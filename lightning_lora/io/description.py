@@ -32,7 +32,7 @@ def describe(model: nn.Module, name: str = "default") -> Description:
     """
     layers = {canonical(path): layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
     configs = {path: layer.adapter(name).config for path, layer in layers.items()}
-    stored = {path: _storage(layer.base_layer) for path, layer in layers.items()}
+    stored = {path: storage(layer.base_layer) for path, layer in layers.items()}
     return {
         "version": VERSION,
         **describe_configs(configs),
@@ -65,6 +65,18 @@ def describe_starts(configs: Mapping[str, AdapterConfig]) -> Description:
     return {"start": _collapse(starts)} if starts else {}
 
 
+def storage(base: nn.Module) -> str:
+    """How a base layer is stored, as a description has it."""
+    return base.storage if isinstance(base, QuantizedLinear) else "none"
+
+
+def storage_in(description: Mapping[str, Any] | None, path: str) -> str | None:
+    """How a description says that a layer was stored, or None where it does not say."""
+    stored = (description or {}).get("quantization")
+    stored = stored.get(path) if isinstance(stored, dict) else stored
+    return stored if isinstance(stored, str) else None
+
+
 def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Say in words where two descriptions differ, for the keys both have: ``r is 8 in the file and 16 here``."""
     found = []
@@ -77,10 +89,6 @@ def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
             else:
                 found.append(f"{key} is {_brief(theirs)} there and {_brief(ours)} here")
     return found
-
-
-def _storage(base: nn.Module) -> str:
-    return base.storage if isinstance(base, QuantizedLinear) else "none"
 
 
 def _collapse(values: Mapping[str, Any]) -> Any:

@@ -19,10 +19,12 @@ from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.targets import Plan
 from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.conv import ConvKind
 from lightning_lora.nn.kinds import has_kind, kind_of, why_not_adaptable
 from lightning_lora.nn.linear import LinearKind
-from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.low_rank import LowRankConfig
+from lightning_lora.nn.vera import VeRAConfig
 
 
 def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
@@ -32,9 +34,9 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
         AdapterError: If a tensor has no place, a layer no tensor, or a shape differs.
     """
     live = {canonical(path): path for path, _ in named_layers(model)}
-    incomplete = [path for path, tensors in file.adapters.items() if len(tensors) != 2]
+    incomplete = [path for path, tensors in file.adapters.items() if len(tensors) < 2]
     if incomplete:
-        raise AdapterError(f"{listing(incomplete)} has only one of lora_A and lora_B")
+        raise AdapterError(f"{listing(incomplete)} has only one of {' and '.join(_factors(file))}")
     if not file.adapters:
         raise AdapterError(f"{WEIGHTS} holds no adapter")
     absent = [path for path in file.adapters if path not in live]
@@ -56,9 +58,9 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
             raise AdapterError(f"{CONFIG} names layers that {WEIGHTS} has no tensors for: {listing(missing)}")
         if extra:
             raise AdapterError(f"{WEIGHTS} holds layers that {CONFIG} does not name: {listing(extra)}")
-    configs = peft.from_peft(file.settings, file.adapters)
+    configs = file.configs or peft.from_peft(file.settings, file.adapters, file.metadata)
     if file.metadata is not None:
-        dropout = float(file.settings.get("lora_dropout") or 0.0)
+        dropout = float(peft.dropout_in(file.settings))
         apart = differences(file.metadata, describe_configs(configs) | {"dropout": dropout})
         if apart:
             raise AdapterError(
@@ -77,7 +79,7 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
 def require_same(model: nn.Module, plan: Plan, name: str) -> None:
     """Raise ``AdapterError`` unless adapter ``name`` of the model is of the same kind as the planned one."""
     here = describe(model, name) | {"train": _keys_of(model, trained_modules(model, name))}
-    theirs = describe_configs({canonical(p): c for p, c in plan.layers.items() if isinstance(c, LoRAConfig)})
+    theirs = describe_configs({canonical(path): config for path, config in plan.layers.items()})
     apart = differences(theirs | {"train": _keys_of(model, plan.train)}, here)
     if apart:
         raise AdapterError(f"the model already has an adapter {name!r} of another kind: {'; '.join(apart)}")
@@ -120,7 +122,7 @@ def _is_transposed(layer: nn.Module) -> bool:
 
 
 def _check_shapes(
-    model: nn.Module, live: Mapping[str, str], configs: Mapping[str, LoRAConfig], file: AdapterFile
+    model: nn.Module, live: Mapping[str, str], configs: Mapping[str, AdapterConfig], file: AdapterFile
 ) -> None:
     for path, config in configs.items():
         layer = layer_at(model, live[path])
@@ -131,14 +133,17 @@ def _check_shapes(
             raise AdapterError(
                 f"{path} is a convolution in {kind.groups} groups, whose adapter is another function here"
             )
-        for tensor, leaf in leaves(kind).items():
+        assert isinstance(config, LowRankConfig | VeRAConfig)
+        rank, names = config.r, leaves(kind, config.method)
+        for tensor, leaf in names.items():
             if leaf not in file.adapters[path]:
                 raise AdapterError(f"{path} is a {type(layer).__name__} and the file has no {leaf} for it")
-            found, shape = tuple(file.adapters[path][leaf].shape), shape_on_disk(kind, tensor, config.r)
+            found, shape = tuple(file.adapters[path][leaf].shape), shape_on_disk(kind, tensor, rank)
             if found != shape:
-                raise AdapterError(
-                    f"{path}.{tensor} has shape {found}, expected {shape} for r={config.r} over this layer"
-                )
+                raise AdapterError(f"{path}.{tensor} has shape {found}, expected {shape} for r={rank} over this layer")
+        beyond = sorted(file.adapters[path].keys() - set(names.values()))
+        if beyond:
+            raise AdapterError(f"{path} has {listing(beyond)} in the file, which {config.method} does not")
 
 
 def _trained_whole(live: Mapping[str, str], file: AdapterFile) -> tuple[str, ...]:
@@ -178,6 +183,11 @@ def _check_trained(model: nn.Module, whole: tuple[str, ...], file: AdapterFile) 
     lacking = [key for key in state if key.startswith(inside) and key not in trained]
     if lacking:
         raise AdapterError(f"{WEIGHTS} lacks {listing(lacking)} of a module named in modules_to_save")
+
+
+def _factors(file: AdapterFile) -> tuple[str, str]:
+    vera = file.settings["peft_type"] == "VERA"
+    return ("vera_lambda_b", "vera_lambda_d") if vera else ("lora_A", "lora_B")
 
 
 def _keys_of(model: nn.Module, modules: Iterable[str]) -> list[str]:
