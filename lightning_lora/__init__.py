@@ -16,6 +16,7 @@ from lightning_lora.errors import (
     UnsupportedError,
 )
 from lightning_lora.io.adapter_folder import adapter_state_dict, load_adapter, save_adapter
+from lightning_lora.io.several import load_adapters, save_adapters
 from lightning_lora.model.active import activate, delete_adapter, disabled
 from lightning_lora.model.combine import combine
 from lightning_lora.model.eva import initialize_eva
@@ -67,12 +68,14 @@ __all__ = [
     "initialize_eva",
     "inject",
     "load_adapter",
+    "load_adapters",
     "load_from_checkpoint",
     "merge",
     "param_groups",
     "quantize",
     "routed",
     "save_adapter",
+    "save_adapters",
     "summary",
 ]
 

@@ -38,12 +38,14 @@ NAMES = {
     "initialize_eva",
     "inject",
     "load_adapter",
+    "load_adapters",
     "load_from_checkpoint",
     "merge",
     "param_groups",
     "quantize",
     "routed",
     "save_adapter",
+    "save_adapters",
     "summary",
 }
 

@@ -107,6 +107,12 @@ def read(folder: Path) -> AdapterFile:
     absent = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
     if WEIGHTS in absent and any(p.suffix in _PICKLES for p in folder.iterdir()):
         raise AdapterError(_PICKLE)
+    inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+    if len(absent) == 2 and inside:
+        raise AdapterError(
+            f"holds several adapters, each in a folder of its own: {listing(inside)}. Pass that folder, or use "
+            "load_adapters(model, folder)"
+        )
     if absent:
         raise AdapterError(f"{listing(absent)} is missing; a complete adapter has both {CONFIG} and {WEIGHTS}")
     try:

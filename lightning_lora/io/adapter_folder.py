@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterError, listing
-from lightning_lora.io import adapter_file, attention, peft, vera
+from lightning_lora.io import adapter_file, attention, peft, readers, vera
 from lightning_lora.io.adapter_file import AdapterFile
 from lightning_lora.io.attention import PEFT_VERSION, is_packed
 from lightning_lora.io.description import describe, describe_configs, storage, storage_in
 from lightning_lora.io.fingerprint import base_fingerprint, to_json
 from lightning_lora.io.fitting import check_base, plan_for, require_same
 from lightning_lora.io.keys import PREFIX, adapter_key, canonical, leaves, shape_on_disk, trained_key
+from lightning_lora.io.notes import tell
 from lightning_lora.model.inject import apply, check_name
 from lightning_lora.model.layers import adapted_layers, require_adapters
 from lightning_lora.model.merge import is_finite
@@ -37,7 +38,8 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
     Layers are named as in ``model``: pass the module you will load the adapter into. Each file is complete or absent,
     and a reader of ours notices if the two are from different saves, if a byte of a tensor has changed, and if the
     adapter is loaded over other base weights. An adapter that started in the base weight (PiSSA, OLoRA, LoftQ) is
-    written as the plain LoRA of twice its rank that makes the same change to the original base.
+    written as the plain LoRA of twice its rank that makes the same change to the original base. What other programs
+    that serve adapters (vLLM, llama.cpp) cannot take of it is logged, in a line for each.
 
     Raises:
         AdapterError: If there is no such adapter, if it holds NaN, or if the format cannot hold it.
@@ -69,6 +71,8 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
         }
     )
     adapter_file.write(Path(path), tensors, settings, metadata)
+    for line in readers.limits(settings, tensors):
+        tell(f"{path}: {line}")
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
