@@ -68,7 +68,8 @@ def load_from_checkpoint(kind: type[Module], path: str | Path, **arguments: Any)
 
 def _plan(module: LightningModule, description: Description) -> Plan:
     live = {canonical(name): name for name, _ in named_layers(module)}
-    absent = [name for name in [*description["targets"], *description["train"]] if name not in live]
+    biases = description.get("biases", ())
+    absent = [name for name in [*description["targets"], *description["train"], *biases] if name not in live]
     if absent:
         raise CheckpointError(
             f"the checkpoint adapts {listing(absent)}, which {type(module).__name__} does not have. Build it with the "
@@ -77,11 +78,13 @@ def _plan(module: LightningModule, description: Description) -> Plan:
     methods = {name: METHODS[_of(description, "method", name)] for name in description["targets"]}
     layers = {
         live[name]: method(
-            **{field: _of(description, field, name) for field in method.decisive}, **_init(description, name)
+            **{field: _of(description, field, name) for field in method.decisive if field in description},
+            **_init(description, name),
         )
         for name, method in methods.items()
     }
-    return Plan(layers=layers, train=tuple(live[name] for name in description["train"]))
+    train = tuple(live[name] for name in description["train"])
+    return Plan(layers=layers, train=train, biases=tuple(live[name] for name in biases))
 
 
 def _init(description: Description, layer: str) -> dict[str, Any]:

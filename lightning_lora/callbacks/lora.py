@@ -83,6 +83,7 @@ class LoRACallback(Callback):
         scaling: ``"standard"`` or ``"rslora"``.
         exclude: Names or globs of layers to leave as they are.
         train: Names or globs of modules to train whole and save along, such as a new head.
+        train_bias: Biases to train and save along: ``"none"``, ``"adapted"`` (of layers with adapters) or ``"all"``.
         quantization: ``"nf4"``, an ``NF4Config``, or None for a base in its own precision (plain LoRA).
         optimizer: ``"paged_adamw_8bit"``, or None to keep the class ``configure_optimizers`` returns.
         lr_ratio: The learning rate of every factor ``B`` is this multiple of what its optimizer group has (LoRA+, which
@@ -110,6 +111,7 @@ class LoRACallback(Callback):
         scaling: str = "standard",
         exclude: str | Iterable[str] = (),
         train: str | Iterable[str] = (),
+        train_bias: str = "none",
         quantization: str | NF4Config | None = "nf4",
         optimizer: str | None = "paged_adamw_8bit",
         lr_ratio: float = 1.0,
@@ -129,6 +131,7 @@ class LoRACallback(Callback):
             config=config,
             exclude=as_tuple(exclude),
             train=as_tuple(train),
+            train_bias=train_bias,
             quantization=as_quantization(quantization),
             adapter=adapter,
         )
@@ -205,7 +208,7 @@ class LoRACallback(Callback):
             if isinstance(module, nn.modules.batchnorm._NormBase)
             and not f"{name}.".startswith(whole)
             and module.track_running_stats
-            and not any(p.requires_grad for p in module.parameters())
+            and not any(p.requires_grad for key, p in module.named_parameters() if key != "bias")
         ]
         for name in frozen:
             pl_module.get_submodule(name).eval()

@@ -58,7 +58,8 @@ class AdapterFile:
     """A parsed adapter folder: its settings, its tensors by layer, and all other tensors by name.
 
     As :func:`read` returns it, the tensors are on the meta device: shapes and dtypes, as the file says they are.
-    ``configs`` are those of layers whose settings are not as they are here, once that has been worked out.
+    ``configs`` are those of layers whose settings are not as they are here, and ``biases`` those that are trained, by
+    layer; both are told apart once there is a model.
     """
 
     settings: Mapping[str, Any]
@@ -66,6 +67,7 @@ class AdapterFile:
     others: Mapping[str, Tensor]
     metadata: Mapping[str, Any] | None
     configs: Mapping[str, AdapterConfig] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def write(

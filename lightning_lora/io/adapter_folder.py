@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterError, listing
-from lightning_lora.io import adapter_file, attention, peft, readers, vera
+from lightning_lora.io import adapter_file, attention, biases, peft, readers, vera
 from lightning_lora.io.adapter_file import AdapterFile
 from lightning_lora.io.attention import PEFT_VERSION, is_packed
 from lightning_lora.io.description import describe, describe_configs, storage, storage_in
@@ -18,6 +18,7 @@ from lightning_lora.io.fingerprint import base_fingerprint, to_json
 from lightning_lora.io.fitting import check_base, plan_for, require_same
 from lightning_lora.io.keys import PREFIX, adapter_key, canonical, leaves, shape_on_disk, trained_key
 from lightning_lora.io.notes import tell
+from lightning_lora.model.biases import bias_of, trained_biases
 from lightning_lora.model.inject import apply, check_name
 from lightning_lora.model.layers import adapted_layers, require_adapters
 from lightning_lora.model.merge import is_finite
@@ -51,6 +52,7 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
         vera.pack_configs(model, attention.pack_configs(model, configs)),
         names=_module_names(model),
         train=map(canonical, trained_modules(model, name)),
+        bias=biases.choice_of(model, name),
         transposed=any(isinstance(layer.kind, LinearKind) and layer.kind.transposed for layer in layers.values()),
     )
     if any(is_packed(model, path) for path in layers):
@@ -93,12 +95,14 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     found |= vera.pack_tensors(model, configs, layers)
     whole = trained_modules(model, name)
     held = {id(parameter) for module in whole for parameter in model.get_submodule(module).parameters()}
+    held |= {id(bias_of(model.get_submodule(path))) for path in trained_biases(model, name)}
     stray = [path for path in trained_outside_adapters(model) if id(model.get_parameter(path)) not in held]
     if stray:
         raise AdapterError(
             f"{listing(stray)} is trained but part of no adapter, so an adapter folder cannot hold it. Name its module "
             "in train="
         )
+    found |= biases.bias_tensors(model, name)
     for module in whole:
         state = model.get_submodule(module).state_dict()
         found |= {trained_key(f"{module}.{key}"): tensor.detach() for key, tensor in state.items()}
@@ -146,7 +150,7 @@ def load_adapter(
 
 
 def _as_here(model: nn.Module, file: AdapterFile) -> AdapterFile:
-    return vera.unpacked(model, attention.unpacked(model, file))
+    return biases.separated(model, vera.unpacked(model, attention.unpacked(model, file)))
 
 
 def _on_disk(path: str, kind: Kind, method: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,6 +178,11 @@ def _fill(model: nn.Module, file: AdapterFile, name: str) -> None:
     state = {canonical(key): tensor for key, tensor in model.state_dict().items()}
     for key, tensor in file.others.items():
         state[key.removeprefix(PREFIX)].copy_(tensor)
+    live = {canonical(path): path for path in trained_biases(model, name)}
+    for path, tensor in file.biases.items():
+        bias = bias_of(model.get_submodule(live[path]))
+        assert bias is not None
+        bias.copy_(tensor)
 
 
 def _module_names(model: nn.Module) -> Iterable[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.io.keys import canonical
+from lightning_lora.model.biases import trained_biases
 from lightning_lora.model.layers import require_adapters
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.nn.adapter import AdapterConfig
@@ -28,7 +29,8 @@ def describe(model: nn.Module, name: str = "default") -> Description:
     Returns:
         ``version``, ``method``, the method's decisive fields such as ``r``, ``alpha`` and ``scaling``, ``start`` (each
         one value, or a mapping from layer to value where layers differ), ``targets`` (adapted layers), ``train``
-        (modules trained whole) and ``quantization`` (how the base is stored).
+        (modules trained whole), ``biases`` (layers whose bias is trained) and ``quantization`` (how the base is
+        stored).
     """
     layers = {canonical(path): layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
     configs = {path: layer.adapter(name).config for path, layer in layers.items()}
@@ -38,6 +40,7 @@ def describe(model: nn.Module, name: str = "default") -> Description:
         **describe_configs(configs),
         **describe_starts(configs),
         "train": sorted(map(canonical, trained_modules(model, name))),
+        "biases": sorted(map(canonical, trained_biases(model, name))),
         "quantization": _collapse(stored),
     }
 

@@ -73,14 +73,16 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
     _check_trained(model, whole, file)
     train = tuple(live[module] for module in whole)
     order = {path: index for index, path in enumerate(live)}
-    return Plan(layers={live[path]: configs[path] for path in sorted(configs, key=order.__getitem__)}, train=train)
+    layers = {live[path]: configs[path] for path in sorted(configs, key=order.__getitem__)}
+    return Plan(layers=layers, train=train, biases=tuple(live[path] for path in file.biases))
 
 
 def require_same(model: nn.Module, plan: Plan, name: str) -> None:
     """Raise ``AdapterError`` unless adapter ``name`` of the model is of the same kind as the planned one."""
     here = describe(model, name) | {"train": _keys_of(model, trained_modules(model, name))}
+    along = {"train": _keys_of(model, plan.train), "biases": sorted(map(canonical, plan.biases))}
     theirs = describe_configs({canonical(path): config for path, config in plan.layers.items()})
-    apart = differences(theirs | {"train": _keys_of(model, plan.train)}, here)
+    apart = differences(theirs | along, here)
     if apart:
         raise AdapterError(f"the model already has an adapter {name!r} of another kind: {'; '.join(apart)}")
 

@@ -43,7 +43,12 @@ _MUST_BE_OFF = (
 
 
 def to_peft(
-    configs: Mapping[str, AdapterConfig], *, names: Iterable[str], train: Iterable[str] = (), transposed: bool = False
+    configs: Mapping[str, AdapterConfig],
+    *,
+    names: Iterable[str],
+    train: Iterable[str] = (),
+    bias: str = "none",
+    transposed: bool = False,
 ) -> dict[str, Any]:
     """Return PEFT's config for adapters by layer.
 
@@ -51,6 +56,7 @@ def to_peft(
         configs: Config of each adapted layer, by its name.
         names: Names of every module of the model, which decide how briefly the targets can be named.
         train: Modules trained whole.
+        bias: Which biases are trained: ``"none"``, ``"adapted"`` or ``"all"``.
         transposed: Whether a layer stores its weight transposed, as Hugging Face's ``Conv1D``.
 
     Raises:
@@ -63,7 +69,7 @@ def to_peft(
     return {
         **_SHARED,
         **(_vera_settings(veras) if veras else _low_rank_settings(low_rank)),
-        "bias": "none",
+        "bias": ("vera_only" if veras else "lora_only") if bias == "adapted" else bias,
         "fan_in_fan_out": transposed,
         "target_modules": _target_modules(sorted(configs), names),
         "modules_to_save": sorted(train) or None,
@@ -76,9 +82,11 @@ def check_supported(settings: Mapping[str, Any]) -> None:
     if kind not in ("LORA", "VERA"):
         raise AdapterError(f"peft_type is {kind!r}, expected 'LORA' or 'VERA'")
     on = [f"{key}={settings[key]!r}" for key in _MUST_BE_OFF if settings.get(key)]
-    on += [f"bias={settings['bias']!r}"] if settings.get("bias", "none") != "none" else []
     if on:
         raise AdapterError(f"it uses {listing(on)}, which cannot be loaded yet")
+    biases = ("none", "all", f"{kind.lower()}_only")
+    if settings.get("bias", "none") not in biases:
+        raise AdapterError(f"bias is {settings['bias']!r}, expected one of {', '.join(biases)}")
     missing = [key for key in (("r", "lora_alpha") if kind == "LORA" else ("r",)) if key not in settings]
     if missing:
         raise AdapterError(f"{listing(missing)} is missing; without it the adapter would be scaled wrongly")

@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_lora.errors import TargetError, listing
 from lightning_lora.model.attention import layer_at, named_layers, place_of
+from lightning_lora.model.biases import choose_biases
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
@@ -38,11 +39,13 @@ class Plan:
     Attributes:
         layers: Name of each linear layer to adapt, in the model's order, with its config.
         train: Names of modules trained whole.
+        biases: Names of layers whose bias is trained.
         left: Linear layers that ``"all-linear"`` passed over, with the reason.
     """
 
     layers: Mapping[str, AdapterConfig]
     train: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -66,6 +69,7 @@ def resolve(
     *,
     exclude: Iterable[str] = (),
     train: Iterable[str] = (),
+    train_bias: str = "none",
 ) -> Plan:
     """Decide which layers of ``model`` get which adapter.
 
@@ -76,10 +80,12 @@ def resolve(
         config: Config for targets that do not bring their own.
         exclude: Patterns of layers to pass over.
         train: Patterns of modules to train whole, as they are, beside the adapters.
+        train_bias: Biases to train: ``"none"``, ``"adapted"`` (of the layers that are adapted) or ``"all"``.
 
     Raises:
         TargetError: If a pattern matches nothing or no layer of a kind that can be adapted, if nothing is left to
-            adapt, if a rank is above what a layer can have.
+            adapt, if a rank is above what a layer can have, if there is no bias to train.
+        ValueError: If ``train_bias`` is none of the choices.
     """
     wanted = _as_mapping(targets, config)
     exclude, train = _as_patterns(exclude, "exclude"), _as_patterns(train, "train")
@@ -108,7 +114,12 @@ def resolve(
         raise TargetError(f"nothing is left to adapt: {reasons}. Name a target outright, or exclude less")
     ordered = {name: layers[name] for name in candidates if name in layers}
     _check_shapes(model, ordered)
-    return Plan(layers=ordered, train=trained, left={name: why for name, why in left.items() if name not in ordered})
+    return Plan(
+        layers=ordered,
+        train=trained,
+        biases=choose_biases(model, train_bias, ordered, trained),
+        left={name: why for name, why in left.items() if name not in ordered},
+    )
 
 
 def _as_mapping(targets: Targets, config: AdapterConfig) -> dict[str, AdapterConfig]:

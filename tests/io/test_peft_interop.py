@@ -415,7 +415,6 @@ def test_we_read_an_adapter_of_another_name(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        ({"bias": "all"}, "bias"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     ],
 )
