@@ -70,7 +70,7 @@ class LoRACallback(Callback):
     Args:
         targets: Layers to adapt: ``"all-linear"`` (all but the output head), a name or glob or several, or a mapping
             from name or glob to a config, or to a dict of the fields that differ from those below, e.g. ``{"*.q_proj":
-            {"r": 8}}``.
+            {"r": 8}}``. ``[8-15]`` is a number from 8 to 15: ``"layers.[8-15].*.q_proj"``.
         r: Rank of the adapters.
         alpha: Scaling numerator: the update is multiplied by ``alpha / r``, or ``alpha / sqrt(r)`` with
             ``scaling="rslora"``.

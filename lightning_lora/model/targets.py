@@ -1,17 +1,18 @@
 """From the user's words to a plan: which layers get which adapter. Pure; the model is read, never changed.
 
 A pattern is a dotted suffix (``q_proj``, ``attn.q_proj``), a whole name, or either with shell wildcards
-(``layers.*.q_proj``); ``*`` crosses dots. Every pattern has to match something: a misspelt target that is silently
-skipped is a fine-tune of half the model.
+(``layers.*.q_proj``); ``*`` crosses dots, and ``[8-15]`` is a number from 8 to 15 (``layers.[8-15].*.q_proj``). Every
+pattern has to match something: a misspelt target that is silently skipped is a fine-tune of half the model.
 """
 
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 from torch import nn
@@ -26,6 +27,11 @@ from lightning_lora.nn.attention import SplitAttention
 from lightning_lora.nn.kinds import has_kind, is_linear, kind_of, why_not_adaptable
 
 ALL_LINEAR = "all-linear"
+
+_RANGE = re.compile(r"\[(\d+)-(\d+)\]")
+_PLACE = "\ue000"
+"""A character that is in no name, for what comes in its place."""
+_MOST_NUMBERS = 10_000
 
 _KIND, _KINDS = "linear layer, embedding or convolution", "linear layers, embeddings and convolutions"
 
@@ -59,7 +65,23 @@ class NamesItsHead(Protocol):
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a dotted module name fits a pattern, as a whole or as a suffix that starts at a dot."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+    return _expression(pattern).match(name) is not None or _expression(f"*.{pattern}").match(name) is not None
+
+
+@lru_cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    """A pattern as an expression: wildcards as the shell has them, and ``[m-n]`` also for numbers of several digits."""
+    ranges = _RANGE.findall(pattern)
+    expression = fnmatch.translate(_RANGE.sub(_PLACE, pattern))
+    for first, last in ranges:
+        numbers = range(int(first), int(last) + 1)
+        if not 0 < len(numbers) <= _MOST_NUMBERS:
+            raise TargetError(
+                f"[{first}-{last}] in {pattern.removeprefix('*.')!r} holds no number, or more than {_MOST_NUMBERS:,}; "
+                "write the smaller one first, as in 'layers.[8-15].*'"
+            )
+        expression = expression.replace(_PLACE, f"(?:{'|'.join(map(str, numbers))})", 1)
+    return re.compile(expression)
 
 
 def resolve(
