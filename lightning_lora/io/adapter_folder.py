@@ -15,7 +15,7 @@ from lightning_lora.io.adapter_file import AdapterFile
 from lightning_lora.io.attention import PEFT_VERSION, is_packed
 from lightning_lora.io.description import describe, describe_configs, storage, storage_in
 from lightning_lora.io.fingerprint import base_fingerprint, to_json
-from lightning_lora.io.fitting import check_base, plan_for, require_same
+from lightning_lora.io.fitting import check_base, plan_for, require_free, require_same
 from lightning_lora.io.keys import PREFIX, adapter_key, canonical, leaves, shape_on_disk, trained_key
 from lightning_lora.io.notes import tell
 from lightning_lora.model.biases import bias_of, trained_biases
@@ -139,6 +139,7 @@ def load_adapter(
         check_base(model, plan_for(model, file), file, folder, allow_mismatch=allow_base_mismatch)
         file = _as_here(model, adapter_file.load(folder, outline))
         plan = plan_for(model, file)  # again: without our header, some of it is known from the values alone
+        require_free(model, file, name)
         if any(name in layer.adapters for layer in adapted_layers(model).values()):
             require_same(model, plan, name)
         else:

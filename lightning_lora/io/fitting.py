@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lightning_lora.errors import AdapterError, listing
@@ -15,7 +16,7 @@ from lightning_lora.io.fingerprint import compare
 from lightning_lora.io.keys import PREFIX, canonical, leaves, shape_on_disk
 from lightning_lora.io.notes import tell
 from lightning_lora.model.attention import layer_at, named_layers
-from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.layers import adapted_layers, adapter_names
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.targets import Plan
 from lightning_lora.nn.adapted import AdaptedLayer
@@ -85,6 +86,24 @@ def require_same(model: nn.Module, plan: Plan, name: str) -> None:
     apart = differences(theirs | along, here)
     if apart:
         raise AdapterError(f"the model already has an adapter {name!r} of another kind: {'; '.join(apart)}")
+
+
+def require_free(model: nn.Module, file: AdapterFile, name: str) -> None:
+    """Refuse to overwrite a module that is trained whole along with another adapter: there is one for all of them.
+
+    Raises:
+        AdapterError: Naming the module's tensors, unless they are equal.
+    """
+    state = {canonical(key): value for key, value in model.state_dict().items()}
+    for other in (other for other in adapter_names(model) if other != name):
+        inside = tuple(f"{canonical(module)}." for module in trained_modules(model, other))
+        taken = [key.removeprefix(PREFIX) for key in file.others if key.removeprefix(PREFIX).startswith(inside)]
+        changed = [key for key in taken if not torch.equal(state[key], file.others[PREFIX + key].to(state[key]))]
+        if changed:
+            raise AdapterError(
+                f"{listing(changed)} is trained along with adapter {other!r}, which is in the model already, and would "
+                "be overwritten: there is one such module for all adapters. Load this one into a copy of the base"
+            )
 
 
 def check_base(model: nn.Module, plan: Plan, file: AdapterFile, folder: Path, *, allow_mismatch: bool) -> None:

@@ -130,3 +130,16 @@ def test_the_rank_vllm_has_to_be_started_with_is_said(tmp_path, caplog):
     save_adapter(inject(nn.Sequential(nn.Linear(64, 64)), "0", LoRAConfig(r=64)), tmp_path)
     assert "r=64 unless started with --max-lora-rank 64" in said(caplog)[0]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 64
+
+
+def test_a_module_trained_along_with_one_adapter_is_not_overwritten_by_the_next(tokens, tmp_path):
+    for name, std in (("default", 0.1), ("sql", 0.2)):
+        model = randomize(inject(base(), "q_proj", LoRAConfig(r=2), train="head", name=name), std=std)
+        save_adapters(model, tmp_path)
+    first = load_adapter(base(), tmp_path)
+    expected = first(tokens)
+    with pytest.raises(AdapterError, match=r"head\.weight, head\.bias is trained along with adapter 'default'.*copy"):
+        load_adapter(first, tmp_path / "sql", "sql")
+    assert torch.equal(first(tokens), expected)
+    load_adapter(first, tmp_path, "again")  # the same values are no conflict
+    assert adapter_names(first) == ("default", "again")
