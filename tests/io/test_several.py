@@ -138,7 +138,7 @@ def test_a_module_trained_along_with_one_adapter_is_not_overwritten_by_the_next(
         save_adapters(model, tmp_path)
     first = load_adapter(base(), tmp_path)
     expected = first(tokens)
-    with pytest.raises(AdapterError, match=r"head\.weight, head\.bias is trained along with adapter 'default'.*copy"):
+    with pytest.raises(AdapterError, match=r"head\.bias, head\.weight is trained along with adapter 'default'.*copy"):
         load_adapter(first, tmp_path / "sql", "sql")
     assert torch.equal(first(tokens), expected)
     load_adapter(first, tmp_path, "again")  # the same values are no conflict
