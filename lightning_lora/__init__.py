@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lora.callbacks.loading import load_from_checkpoint
 from lightning_lora.callbacks.lora import LoRACallback
+from lightning_lora.callbacks.monitor import AdapterMonitor
 from lightning_lora.errors import (
     AdapterError,
     CheckpointError,
@@ -16,6 +17,7 @@ from lightning_lora.errors import (
     UnsupportedError,
 )
 from lightning_lora.io.adapter_folder import adapter_state_dict, load_adapter, save_adapter
+from lightning_lora.io.export import export_merged
 from lightning_lora.io.several import load_adapters, save_adapters
 from lightning_lora.model.active import activate, delete_adapter, disabled
 from lightning_lora.model.combine import combine
@@ -25,6 +27,7 @@ from lightning_lora.model.merge import merge
 from lightning_lora.model.parameters import adapter_parameters
 from lightning_lora.model.routing import routed
 from lightning_lora.model.summary import summary
+from lightning_lora.nn.chunked_cross_entropy import chunked_cross_entropy
 from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.nn.lora_fa import LoRAFAConfig
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterError",
+    "AdapterMonitor",
     "CheckpointError",
     "DoRAConfig",
     "GradientError",
@@ -62,9 +66,11 @@ __all__ = [
     "activate",
     "adapter_parameters",
     "adapter_state_dict",
+    "chunked_cross_entropy",
     "combine",
     "delete_adapter",
     "disabled",
+    "export_merged",
     "initialize_eva",
     "inject",
     "load_adapter",

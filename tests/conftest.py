@@ -1,5 +1,7 @@
 """Small real models that the tests share."""
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,16 @@ class Net(nn.Module):
         for block, down in zip(self.blocks, self.downs, strict=True):
             x = x + down(torch.relu(block["up_proj"](x + block["q_proj"](x))))
         return self.head(self.norm(x))
+
+
+@pytest.fixture(autouse=True)
+def _levels_of_loggers():
+    """The demo turns Lightning's loggers down for its process; the next test may want to read them."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

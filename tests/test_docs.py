@@ -34,7 +34,8 @@ def test_every_trap_names_a_test():
     assert [row for row in traps if row.count("|") != 5 or "`tests/" not in row.split("|")[4]] == []
 
 
-@pytest.mark.parametrize("page", ["several-adapters.md"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo's own, where a graph begins
+@pytest.mark.parametrize("page", ["several-adapters.md", "monitoring.md", "compile.md"])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -10,23 +10,37 @@ BELOW = {
     "errors": set(),
     "version": set(),
     "dependencies": {"errors"},
+    "kernels": {"errors", "dependencies"},
     "nn": {"errors"},
     "model": {"errors", "nn"},
-    "quantization": {"errors", "dependencies", "nn", "model"},
+    "quantization": {"errors", "dependencies", "kernels", "nn", "model"},
     "io": {"errors", "nn", "model"},
     "optim": {"errors", "dependencies", "nn", "model"},
-    "callbacks": {"errors", "nn", "model", "quantization", "io", "optim"},
+    "metrics": {"errors", "nn", "model"},
+    "callbacks": {"errors", "nn", "model", "quantization", "io", "optim", "metrics"},
     "strategies": {"errors", "callbacks"},
-    "cli": {"errors", "dependencies", "nn", "model", "quantization", "io", "optim", "callbacks", "strategies"},
+    "cli": {
+        "errors",
+        "dependencies",
+        "nn",
+        "model",
+        "quantization",
+        "io",
+        "optim",
+        "metrics",
+        "callbacks",
+        "strategies",
+    },
 }
 ONLY_IN = {
     "lightning": {"callbacks", "strategies", "cli"},
+    "torchmetrics": {"metrics"},
     "jsonargparse": {"cli"},
     "bitsandbytes": set(),  # only by dependencies.bitsandbytes(), at run time
     "transformers": {"cli"},
     "matplotlib": {"cli"},
     "rich": {"cli"},
-    "triton": set(),
+    "triton": {"kernels"},
 }
 
 

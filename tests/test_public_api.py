@@ -11,6 +11,7 @@ import lightning_lora
 
 NAMES = {
     "AdapterError",
+    "AdapterMonitor",
     "CheckpointError",
     "DoRAConfig",
     "GradientError",
@@ -32,9 +33,11 @@ NAMES = {
     "activate",
     "adapter_parameters",
     "adapter_state_dict",
+    "chunked_cross_entropy",
     "combine",
     "delete_adapter",
     "disabled",
+    "export_merged",
     "initialize_eva",
     "inject",
     "load_adapter",

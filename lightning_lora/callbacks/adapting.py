@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_lora.callbacks.baselines import prepare
 from lightning_lora.callbacks.finetune import FINETUNES, FineTune, Owners
 from lightning_lora.callbacks.processes import is_sharded, require_equal_bases
 from lightning_lora.callbacks.settings import Settings
@@ -17,24 +18,27 @@ from lightning_lora.errors import AdapterError, TargetError, UnsupportedError, l
 from lightning_lora.io.adapter_folder import load_adapter
 from lightning_lora.io.description import describe_configs, describe_starts, differences
 from lightning_lora.io.keys import canonical
-from lightning_lora.model.attention import layer_at
 from lightning_lora.model.biases import bias_of
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.merge import is_finite
+from lightning_lora.model.split import layer_at, part_names
 from lightning_lora.model.summary import summary
 from lightning_lora.model.targets import Plan, resolve
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
-from lightning_lora.nn.attention import PROJECTIONS, SplitAttention
+from lightning_lora.nn.attention import PROJECTIONS
 from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
 from lightning_lora.nn.kinds import has_kind
 from lightning_lora.nn.low_rank import LowRankConfig
+from lightning_lora.nn.split import Split
 from lightning_lora.quantization.quantize import check_quantizable, quantize, refuse_unfitted
 
 
 def adapt(module: LightningModule, settings: Settings, *, device: torch.device, training: bool) -> FineTune:
     """Adapt ``module``, or take it up where an earlier run left it; nothing is injected or quantized twice.
+
+    A method without adapters has its parameters frozen and trained as it says instead.
 
     Args:
         module: A module that stands: its layers are built and hold their weights.
@@ -43,12 +47,19 @@ def adapt(module: LightningModule, settings: Settings, *, device: torch.device, 
         training: Whether it is going to be trained, and merged layers have to become adapted ones again.
 
     Raises:
-        AdapterError: If it holds adapters that are not what the settings say.
+        AdapterError: If it holds adapters, or was trained before, in another way than the settings say.
         TargetError: If the settings do not fit it.
         QuantizationError: If its base cannot be quantized, or differs between processes.
         UnsupportedError: If its weights are sharded already.
     """
+    if not settings.has_adapters:
+        return prepare(module, settings)
     finetune = FINETUNES.get(module)
+    if finetune is not None and not finetune.layers:
+        raise AdapterError(
+            f"the module was trained before with method={finetune.description['method']!r}. To put adapters on the "
+            "trained weights, fit copy.deepcopy(module)"
+        )
     if finetune is not None and finetune.is_merged_in(module):
         _require_same(module, settings, finetune, device)
         if training:
@@ -57,11 +68,11 @@ def adapt(module: LightningModule, settings: Settings, *, device: torch.device, 
         return finetune
     if adapted_layers(module):
         if finetune is None or finetune.is_merged:
-            finetune = FineTune(module)
+            finetune = FineTune.of_adapters(module)
         _require_same(module, settings, finetune, device)
     else:
         owners = _inject(module, settings, device)
-        finetune = FineTune(module, owners, adapter=settings.adapter)
+        finetune = FineTune.of_adapters(module, owners, adapter=settings.adapter)
     if finetune is not FINETUNES.get(module):
         FINETUNES[module] = finetune
         _report(module)
@@ -76,10 +87,13 @@ def network(module: LightningModule) -> nn.Module:
     """
     children = [child for child in module.children() if next(child.parameters(), None) is not None]
     own = next(module.parameters(recurse=False), None) is not None
-    replaced = (AdaptedLayer, SplitAttention, nn.MultiheadAttention)
-    layer = bool(children) and (isinstance(children[0], replaced) or has_kind(children[0]))
-    shell = len(children) == 1 and not own and not layer
+    shell = len(children) == 1 and not own and not _is_replaced(children[0])
     return children[0] if shell else module
+
+
+def _is_replaced(child: nn.Module) -> bool:
+    """Whether a module is, or stands in the place of, what adapting replaces as a whole."""
+    return isinstance(child, AdaptedLayer | Split) or has_kind(child) or bool(part_names(child))
 
 
 def _inject(module: LightningModule, settings: Settings, device: torch.device) -> Owners:

@@ -12,13 +12,11 @@ from torch.optim import Optimizer
 from lightning_lora.callbacks.averaging import weights_in
 from lightning_lora.callbacks.finetune import FineTune
 from lightning_lora.errors import CheckpointError, listing
-from lightning_lora.io.description import differences
+from lightning_lora.io.checkpoint_file import seal
+from lightning_lora.io.description import KEY, differences
 from lightning_lora.io.fingerprint import compare
 from lightning_lora.io.keys import canonical
 from lightning_lora.optim.report import class_name
-
-KEY = "lightning_lora"
-"""The checkpoint entry that says what adapter the checkpoint holds."""
 
 
 def reduce_checkpoint(checkpoint: dict[str, Any], finetune: FineTune, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -34,6 +32,7 @@ def reduce_checkpoint(checkpoint: dict[str, Any], finetune: FineTune, optimizers
         "base_fingerprint": finetune.base_fingerprint,
         "optimizers": [class_name(optimizer) for optimizer in optimizers],
     }
+    seal(checkpoint)
 
 
 def complete_checkpoint(checkpoint: dict[str, Any], finetune: FineTune, module: nn.Module) -> None:
@@ -68,7 +67,7 @@ def check_belongs(checkpoint: Mapping[str, Any], finetune: FineTune) -> None:
 
 
 def check_base(description: Mapping[str, Any], finetune: FineTune) -> None:
-    """Raise ``CheckpointError`` if the adapters of a checkpoint were trained over other weights than the module's.
+    """Raise ``CheckpointError`` if what a checkpoint holds was trained over other weights than the module's.
 
     Among these are the module's own after a merge: the update would be added a second time.
     """
@@ -76,7 +75,7 @@ def check_base(description: Mapping[str, Any], finetune: FineTune) -> None:
         rank_zero_info("LoRA: the checkpoint does not say over which base it was trained, so this is not checked")
         return
     try:
-        found = compare(description["base_fingerprint"], finetune.named_layers, finetune.base_fingerprint)
+        found = compare(description["base_fingerprint"], finetune.base, finetune.base_fingerprint)
     except ValueError as error:
         raise CheckpointError(f"this checkpoint is damaged: {error}") from None
     if found.unchecked:
@@ -96,7 +95,7 @@ def check_keys(names: Iterable[str], finetune: FineTune) -> None:
     missing, extra = [key for key in expected if key not in saved], sorted(saved - set(expected))
     if missing or extra:
         raise CheckpointError(
-            f"this checkpoint lacks {listing(missing) or 'nothing'} and has beyond its adapter "
+            f"this checkpoint lacks {listing(missing) or 'nothing'} and has beyond what is trained "
             f"{listing(extra) or 'nothing'}"
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from functools import cached_property
 from os import PathLike
 from weakref import WeakKeyDictionary
@@ -10,14 +10,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.io.description import Description, describe
+from lightning_lora.io.description import VERSION, Description, describe
 from lightning_lora.io.fingerprint import Saved, base_fingerprint, to_json
 from lightning_lora.io.keys import canonical
-from lightning_lora.model.attention import Host, hosts
 from lightning_lora.model.checksum import bit_sum
 from lightning_lora.model.layers import adapted_layers, replace
 from lightning_lora.model.merge import check_mergeable, merged
-from lightning_lora.model.parameters import adapter_state_keys, trained_outside_adapters
+from lightning_lora.model.parameters import adapter_state_keys, trained_modules, trained_outside_adapters
+from lightning_lora.model.split import Host, hosts
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.base import QuantizedLinear
@@ -27,52 +27,108 @@ Owners = MutableMapping[Tensor, tuple[nn.Module, ...]]
 
 
 class FineTune:
-    """What the callback knows of one module it has adapted.
+    """What the callback knows of one module it trains: with adapters (:meth:`of_adapters`) or without them.
 
     Merging takes the adapted layers out of the module and keeps them here. They are what a checkpoint holds and what a
     later run goes on with, and putting them back gives the very model that was trained, bit for bit.
 
-    Args:
-        module: A module with adapters.
-        owners: The layers by the weights they had before, for optimizers that were built before the adapters.
-        adapter: The folder they were loaded from, if any.
-
     Attributes:
-        layers: The adapted layers by name.
-        description: What the adapter is, as a checkpoint says it.
-        trained: Names of the trained parameters outside the adapters.
+        description: What is trained, as a checkpoint says it.
         keys: Names, in the adapted module's state dict, of all that the fine-tune changes.
+        trained: Names of the trained parameters outside the adapters.
         trainable: Names of the parameters that are trained, adapters included.
+        whole: Names of the modules trained whole; ``""`` is the module itself.
+        base: The layers under the fine-tune whose weights stay as they were, by the names a checkpoint has.
+        layers: The adapted layers by name; without adapters there are none, and merging changes nothing.
+        owners: The layers by the weights they had before, for optimizers that were built before the adapters.
+        adapter: The folder the adapters were loaded from, if any.
     """
 
     def __init__(
-        self, module: nn.Module, owners: Owners | None = None, *, adapter: str | PathLike[str] | None = None
+        self,
+        *,
+        description: Description,
+        keys: Sequence[str],
+        trained: Sequence[str],
+        trainable: Iterable[str],
+        whole: Sequence[str],
+        base: Mapping[str, nn.Module],
+        hosts: dict[str, Host] | None = None,
+        layers: dict[str, AdaptedLayer] | None = None,
+        owners: Owners | None = None,
+        adapter: str | PathLike[str] | None = None,
     ) -> None:
+        self.description = description
+        self.keys = keys
+        self.trained = trained
+        self.trainable = {canonical(name) for name in trainable}
+        self.whole = whole
+        self.base = base
+        self.layers: dict[str, AdaptedLayer] = {} if layers is None else layers
         self.owners: Owners = {} if owners is None else owners
         self.adapter = adapter
-        self.layers: dict[str, AdaptedLayer] = adapted_layers(module)
-        self.description: Description = describe(module)
-        self.trained = trained_outside_adapters(module)
-        self.keys = adapter_state_keys(module)
-        named = module.named_parameters(remove_duplicate=False)
-        self.trainable = {canonical(name) for name, parameter in named if parameter.requires_grad}
-        self._hosts = hosts(module)
+        self._hosts: dict[str, Host] = {} if hosts is None else hosts
         self._merged: dict[Host, nn.Module] = {}
         self._sums: dict[Host, int] = {}
 
+    @classmethod
+    def of_adapters(
+        cls, module: nn.Module, owners: Owners | None = None, *, adapter: str | PathLike[str] | None = None
+    ) -> FineTune:
+        """What is known of a module with adapters."""
+        named = module.named_parameters(remove_duplicate=False)
+        layers = adapted_layers(module)
+        return cls(
+            description=describe(module),
+            keys=adapter_state_keys(module),
+            trained=trained_outside_adapters(module),
+            trainable=[name for name, parameter in named if parameter.requires_grad],
+            whole=trained_modules(module),
+            base={canonical(path): layer for path, layer in layers.items()},
+            hosts=hosts(module),
+            layers=layers,
+            owners=owners,
+            adapter=adapter,
+        )
+
+    @classmethod
+    def of_modules(cls, module: nn.Module, method: str, whole: Sequence[str]) -> FineTune:
+        """What is known of a module without adapters, of which the modules named in ``whole`` are trained."""
+        trained = [name for name, _ in module.named_parameters(remove_duplicate=False) if _is_within(name, whole)]
+        return cls(
+            description={
+                "version": VERSION,
+                "method": method,
+                "train": sorted(map(canonical, whole)),
+                "quantization": "none",
+            },
+            keys=[key for key in module.state_dict() if _is_within(key, whole)],
+            trained=trained,
+            trainable=trained,
+            whole=whole,
+            base={
+                canonical(path): layer
+                for path, layer in module.named_modules()
+                if not _is_within(path, whole) and isinstance(getattr(layer, "weight", None), nn.Parameter)
+            },
+        )
+
     @cached_property
     def base_fingerprint(self) -> Saved:
-        """Which base this is, by the weights under the adapters from before they were quantized; taken once.
+        """Which base this is, by its weights from before they were quantized; taken once.
 
         In a run these weights are frozen, and only a cast of the Trainer's (``bf16-true``) can come before this is
         asked for: it is compared as a cast.
         """
-        return to_json(base_fingerprint(self.named_layers))
+        return to_json(base_fingerprint(self.base))
 
-    @property
-    def named_layers(self) -> dict[str, AdaptedLayer]:
-        """The adapted layers by the names a checkpoint has."""
-        return {canonical(path): layer for path, layer in self.layers.items()}
+    def trains(self, name: str) -> bool:
+        """Whether a module, parameter or buffer is within a module that is trained whole."""
+        return _is_within(name, self.whole)
+
+    def is_in(self, module: nn.Module) -> bool:
+        """Whether ``module`` has what was trained: its adapters, or these merged by :meth:`merge`, or no adapters."""
+        return self.is_merged or not self.layers or bool(adapted_layers(module))
 
     @property
     def configs(self) -> dict[str, AdapterConfig]:
@@ -148,3 +204,8 @@ def _bits(plain: nn.Module) -> int:
 
 FINETUNES: WeakKeyDictionary[nn.Module, FineTune] = WeakKeyDictionary()
 """The fine-tune of each module, whichever callback made it: nothing is to be injected or merged twice."""
+
+
+def _is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module, parameter or buffer is one of ``modules`` or inside one; all are inside ``""``."""
+    return any(path in ("", name) or name.startswith(f"{path}.") for path in modules)

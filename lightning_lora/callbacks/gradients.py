@@ -16,7 +16,9 @@ _CAUSES = (
 def check_loss(loss: Tensor) -> None:
     """Raise ``GradientError`` if no trainable parameter took part in the loss."""
     if not loss.requires_grad:
-        raise GradientError(f"the loss depends on no adapter, so nothing can be trained. {_CAUSES}")
+        raise GradientError(
+            f"the loss depends on no adapter and nothing else that is trained, so nothing can be trained. {_CAUSES}"
+        )
 
 
 def check_gradients(model: nn.Module, optimizer: Optimizer) -> None:

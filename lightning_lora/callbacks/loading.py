@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_lora.callbacks.checkpoints import KEY, complete_checkpoint
+from lightning_lora.callbacks.checkpoints import complete_checkpoint
 from lightning_lora.callbacks.finetune import FINETUNES, FineTune
-from lightning_lora.callbacks.settings import METHODS
+from lightning_lora.callbacks.settings import BASELINES, METHODS
 from lightning_lora.errors import CheckpointError, listing
-from lightning_lora.io.description import CHANCE, Description
+from lightning_lora.io.checkpoint_file import read_checkpoint
+from lightning_lora.io.description import CHANCE, KEY, Description
 from lightning_lora.io.keys import canonical
-from lightning_lora.model.attention import named_layers
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.split import named_layers
 from lightning_lora.model.targets import Plan
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.quantize import quantize
@@ -43,38 +43,36 @@ def load_from_checkpoint(kind: type[Module], path: str | Path, **arguments: Any)
     Raises:
         CheckpointError: If the file is no checkpoint of adapters, or does not fit the module.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if KEY not in checkpoint:
-        raise CheckpointError(
-            f"{path} was not written by LoRACallback; {kind.__name__}.load_from_checkpoint reads it if it holds the "
-            "whole model"
-        )
+    checkpoint = read_checkpoint(Path(path))
     with warnings.catch_warnings():  # the keys it does not find are those of the base, and are checked below
         warnings.filterwarnings("ignore", message="Found keys that are")
         module = kind.load_from_checkpoint(path, map_location="cpu", strict=False, **arguments)
-    if not adapted_layers(module):
-        description = checkpoint[KEY]
-        apply(module, _plan(module, description), start=False)
-        storage = _storage(description)
-        if storage is not None:
-            _resume(module, checkpoint["state_dict"])  # what the base was quantized without has to be known before
-            quantize(module, storage)
-    finetune = FineTune(module)
-    complete_checkpoint(checkpoint, finetune, module)
+    finetune = _prepared(module, checkpoint)
+    try:
+        complete_checkpoint(checkpoint, finetune, module)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     module.load_state_dict(checkpoint["state_dict"])
     FINETUNES[module] = finetune
     return module.eval()
 
 
+def _prepared(module: LightningModule, checkpoint: Mapping[str, Any]) -> FineTune:
+    """Bring the module to the state it was trained in."""
+    description: Description = checkpoint[KEY]
+    if description["method"] in BASELINES:
+        return FineTune.of_modules(module, description["method"], _live(module, description["train"]))
+    if not adapted_layers(module):
+        apply(module, _plan(module, description), start=False)
+        storage = _storage(description)
+        if storage is not None:
+            _resume(module, checkpoint["state_dict"])  # what the base was quantized without has to be known before
+            quantize(module, storage)
+    return FineTune.of_adapters(module)
+
+
 def _plan(module: LightningModule, description: Description) -> Plan:
-    live = {canonical(name): name for name, _ in named_layers(module)}
-    biases = description.get("biases", ())
-    absent = [name for name in [*description["targets"], *description["train"], *biases] if name not in live]
-    if absent:
-        raise CheckpointError(
-            f"the checkpoint adapts {listing(absent)}, which {type(module).__name__} does not have. Build it with the "
-            "arguments it was trained with"
-        )
+    live = dict(zip(description["targets"], _live(module, description["targets"]), strict=True))
     methods = {name: METHODS[_of(description, "method", name)] for name in description["targets"]}
     layers = {
         live[name]: method(
@@ -83,8 +81,23 @@ def _plan(module: LightningModule, description: Description) -> Plan:
         )
         for name, method in methods.items()
     }
-    train = tuple(live[name] for name in description["train"])
-    return Plan(layers=layers, train=train, biases=tuple(live[name] for name in biases))
+    return Plan(
+        layers=layers,
+        train=_live(module, description["train"]),
+        biases=_live(module, description.get("biases", ())),
+    )
+
+
+def _live(module: LightningModule, names: Iterable[str]) -> tuple[str, ...]:
+    """The names that modules of a checkpoint have here."""
+    live = {canonical(name): name for name, _ in (*module.named_modules(), *named_layers(module))}
+    absent = [name for name in names if name not in live]
+    if absent:
+        raise CheckpointError(
+            f"the checkpoint trains {listing(absent)}, which {type(module).__name__} does not have. Build it with the "
+            "arguments it was trained with"
+        )
+    return tuple(live[name] for name in names)
 
 
 def _init(description: Description, layer: str) -> dict[str, Any]:

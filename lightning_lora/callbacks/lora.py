@@ -18,11 +18,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lora.callbacks.activation_checkpointing import checkpoint_blocks
 from lightning_lora.callbacks.adapting import adapt, network
 from lightning_lora.callbacks.averaging import adapt_early, averagers, check_averagers, check_norms, set_averages_aside
-from lightning_lora.callbacks.checkpoints import KEY, check_optimizers, complete_checkpoint, reduce_checkpoint
+from lightning_lora.callbacks.checkpoints import check_optimizers, complete_checkpoint, reduce_checkpoint
 from lightning_lora.callbacks.compat import check_sharding, check_trainer
-from lightning_lora.callbacks.finetune import FINETUNES
+from lightning_lora.callbacks.finetune import FINETUNES, FineTune
 from lightning_lora.callbacks.gradients import check_gradients, check_loss
 from lightning_lora.callbacks.interruption import keep_interrupted_run
 from lightning_lora.callbacks.processes import require_sharded, spare_quantized_buffers
@@ -30,6 +31,7 @@ from lightning_lora.callbacks.progress import validation_follows
 from lightning_lora.callbacks.resume import Resumption, process_states, restore_random_state, tell_what_is_not_restored
 from lightning_lora.callbacks.saving import ON_SAVE_ERROR, guard_saves, told
 from lightning_lora.callbacks.settings import (
+    BASELINES,
     OPTIMIZERS,
     Settings,
     as_config,
@@ -42,10 +44,9 @@ from lightning_lora.callbacks.sharded import full_state, load_sharded
 from lightning_lora.callbacks.wraps import Undo, substitute, wrap
 from lightning_lora.errors import OptimizerError, listing
 from lightning_lora.io.adapter_folder import save_adapter
-from lightning_lora.io.description import VERSION
-from lightning_lora.io.merged import save_merged
+from lightning_lora.io.description import KEY, VERSION
+from lightning_lora.io.export import write_model
 from lightning_lora.model.layers import adapted_layers
-from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.targets import ALL_LINEAR
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.optim.lora_plus import check_rate
@@ -76,7 +77,9 @@ class LoRACallback(Callback):
             ``scaling="rslora"``.
         dropout: Dropout probability on the adapters' input.
         method: ``"lora"``, ``"dora"``, ``"lora_fa"`` (``A`` stays as it was drawn) or ``"vera"`` (linear layers alone;
-            it has no ``alpha``, ``init`` or ``scaling``, and wants a high ``r`` such as 256).
+            it has no ``alpha``, ``init`` or ``scaling``, and wants a high ``r`` such as 256). To compare with:
+            ``"freeze"`` (nothing but the modules in ``train`` is trained) and ``"full"`` (everything is); these two
+            have no adapters, quantize nothing and merge nothing; the run, its optimizers and checkpoints are the same.
         init: How adapters start: ``"kaiming"``, ``"gaussian"`` or ``"orthogonal"``; in the principal part of the weight
             with ``"pissa"``, or faster ``"pissa_niter_4"``; ``"olora"``; fitted to the quantized base with ``"loftq"``.
             With ``"eva"``, inject, ``initialize_eva(...)`` and quantize before ``fit``.
@@ -84,19 +87,23 @@ class LoRACallback(Callback):
         exclude: Names or globs of layers to leave as they are.
         train: Names or globs of modules to train whole and save along, such as a new head.
         train_bias: Biases to train and save along: ``"none"``, ``"adapted"`` (of layers with adapters) or ``"all"``.
-        quantization: ``"nf4"``, an ``NF4Config``, or None for a base in its own precision (plain LoRA).
+        quantization: ``"nf4"``, an ``NF4Config``, or None for a base in its own precision (plain LoRA). ``"auto"`` is
+            ``"nf4"`` under adapters and None for the methods without.
         optimizer: ``"paged_adamw_8bit"``, or None to keep the class ``configure_optimizers`` returns.
         lr_ratio: The learning rate of every factor ``B`` is this multiple of what its optimizer group has (LoRA+, which
             recommends 16); schedulers go on with both.
         merge: Whether to merge at the end of training.
-        output_dir: Folder for the adapter (in PEFT's format) at the end of training and, with ``merge``, for the merged
-            weights.
+        output_dir: Folder for the adapter (in PEFT's format) at the end of training; with ``merge``, its subfolder
+            ``merged`` gets the merged model, and without adapters the trained one.
         adapter: Folder of a saved adapter to start from. Its rank, scaling and targets are used.
+        activation_checkpointing: Names or globs of modules (``"layers"``) whose activations are recomputed in the
+            backward pass instead of kept; ``"auto"`` recomputes the repeated blocks of a model on a GPU if they would
+            not fit; None keeps all.
         on_save_error: What to do when a checkpoint cannot be written (a full disk): ``"raise"``, or ``"warn"`` and go
             on training; the last good checkpoint stays in either case.
 
     Raises:
-        ValueError: If a value is none of the choices, or the method has no field for it.
+        ValueError: If a value is none of the choices, or of no use for the method.
     """
 
     def __init__(
@@ -112,12 +119,13 @@ class LoRACallback(Callback):
         exclude: str | Iterable[str] = (),
         train: str | Iterable[str] = (),
         train_bias: str = "none",
-        quantization: str | NF4Config | None = "nf4",
+        quantization: str | NF4Config | None = "auto",
         optimizer: str | None = "paged_adamw_8bit",
         lr_ratio: float = 1.0,
         merge: bool = True,
         output_dir: str | Path | None = None,
         adapter: str | Path | None = None,
+        activation_checkpointing: str | Iterable[str] | None = None,
         on_save_error: str = "raise",
     ) -> None:
         super().__init__()
@@ -125,20 +133,28 @@ class LoRACallback(Callback):
         if optimizer is not None:
             check_choice("optimizer", optimizer, OPTIMIZERS)
         check_rate("lr_ratio", lr_ratio)
+        if method in BASELINES and lr_ratio != 1.0:
+            raise ValueError(f"method={method!r} has no factors A and B, so lr_ratio={lr_ratio} does nothing; drop it")
         config = as_config(method, r=r, alpha=alpha, dropout=dropout, init=init, scaling=scaling)
         self.settings = Settings(
+            method=method,
             targets=with_configs(targets, config),
             config=config,
             exclude=as_tuple(exclude),
             train=as_tuple(train),
             train_bias=train_bias,
-            quantization=as_quantization(quantization),
+            quantization=as_quantization(quantization, method),
             adapter=adapter,
         )
         self.paged_8bit = optimizer is not None
         self.lr_ratio = lr_ratio
         self.merge = merge
         self.output_dir = output_dir
+        self.activation_checkpointing = (
+            activation_checkpointing
+            if activation_checkpointing is None or isinstance(activation_checkpointing, str)
+            else tuple(activation_checkpointing)
+        )
         self.on_save_error = on_save_error
         self._begin()
 
@@ -194,6 +210,9 @@ class LoRACallback(Callback):
         """Switch the adapters to training mode, whatever mode the base was brought in: their dropout was asked for."""
         for layer in adapted_layers(pl_module).values():
             layer.adapters.train()
+        if self.activation_checkpointing is not None:
+            device = trainer.strategy.root_device
+            self._undo += checkpoint_blocks(pl_module, self.activation_checkpointing, device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give a resumed run the rest of its state, and keep running statistics of frozen norms: the base stays."""
@@ -201,12 +220,12 @@ class LoRACallback(Callback):
             tell_what_is_not_restored(self._resumption, trainer)
             self._resumption.restore_run(pl_module)
             self._resumption = None
-        whole = tuple(f"{path}." for path in trained_modules(pl_module))
+        finetune = FINETUNES[pl_module]
         frozen = [
             name
             for name, module in pl_module.named_modules()
             if isinstance(module, nn.modules.batchnorm._NormBase)
-            and not f"{name}.".startswith(whole)
+            and not finetune.trains(name)
             and module.track_running_stats
             and not any(p.requires_grad for key, p in module.named_parameters() if key != "bias")
         ]
@@ -237,9 +256,11 @@ class LoRACallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish a run that had nothing left to train, which Lightning ends without ``on_train_end``, or say so."""
+        finetune = FINETUNES[pl_module]
+        unmerged = self.merge and finetune.layers and not finetune.is_merged
         if self._resumption is not None and not averagers(trainer):  # killed between its last batch and its end
             self._finish(trainer, pl_module)
-        elif self.merge and not FINETUNES[pl_module].is_merged and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        elif unmerged and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("LoRA: no step was trained in this run, so the adapters are neither written nor merged")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -295,7 +316,12 @@ class LoRACallback(Callback):
         ]
 
     def _arrange_sharded(self, strategy: ModelParallelStrategy, module: LightningModule) -> None:
-        check_sharding(strategy, merge=self.merge, output_dir=self.output_dir, paged_8bit=self.paged_8bit)
+        check_sharding(
+            strategy,
+            merge=self.merge and self.settings.has_adapters,
+            output_dir=self.output_dir,
+            paged_8bit=self.paged_8bit,
+        )
         self._undo += [
             substitute(strategy, "lightning_module_state_dict", partial(full_state, module)),
             substitute(strategy, "load_checkpoint", partial(load_sharded, strategy, module, strategy.load_checkpoint)),
@@ -351,15 +377,22 @@ class LoRACallback(Callback):
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        root = network(module)
-        if self.output_dir is not None and trainer.is_global_zero:
-            with told(self.output_dir, self.on_save_error):
-                save_adapter(root, self.output_dir)
+        finetune, folder = FINETUNES[module], self.output_dir
+        if folder is not None and trainer.is_global_zero:
+            with told(folder, self.on_save_error):
+                self._write(network(module), finetune, Path(folder))
         if self.merge:
-            FINETUNES[module].merge(module)
-            if self.output_dir is not None and trainer.is_global_zero:
-                with told(self.output_dir, self.on_save_error):
-                    save_merged(root, self.output_dir)
+            finetune.merge(module)
+
+    def _write(self, root: nn.Module, finetune: FineTune, folder: Path) -> None:
+        """Write the adapter, and the merged model to a folder of its own.
+
+        transformers loads an adapter that lies beside merged weights on top of them.
+        """
+        if finetune.layers:
+            save_adapter(root, folder)
+        if self.merge or not finetune.layers:
+            write_model(root, folder / "merged")
 
     def _release(self) -> None:
         while self._undo:
@@ -370,7 +403,7 @@ def _before_save(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Reduce a checkpoint to the fine-tune; a module whose adapters the user has merged or deleted is saved whole."""
     module = trainer.lightning_module
     finetune = FINETUNES.get(module)
-    if finetune is not None and (finetune.is_merged or adapted_layers(module)):
+    if finetune is not None and finetune.is_in(module):
         reduce_checkpoint(checkpoint, finetune, trainer.strategy.optimizers)
 
 

@@ -26,6 +26,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_lora.callbacks.wraps import substitute
 from lightning_lora.errors import CheckpointError
 from lightning_lora.io.atomic import replacing
+from lightning_lora.io.checkpoint_file import require_sealed, require_whole
+from lightning_lora.io.description import KEY
 
 ON_SAVE_ERROR = ("raise", "warn")
 
@@ -53,6 +55,21 @@ class DurableCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)  # not into the file: of a full disk, torch would tell by an internal error
         with replacing(target) as temporary:
             temporary.write_bytes(buffer.getbuffer())
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Read a checkpoint, if it is whole and as it was written.
+
+        Raises:
+            CheckpointError: If it is damaged, or a URL: Lightning runs the code in what it fetches.
+        """
+        if str(path).startswith(("http://", "https://")):
+            raise CheckpointError(f"{path} is a URL, and a checkpoint read from one can run code. Download it first")
+        if isinstance(get_filesystem(path), LocalFileSystem):
+            require_whole(Path(LocalFileSystem._strip_protocol(str(path))))
+        checkpoint = super().load_checkpoint(path, *arguments, **options)
+        if isinstance(checkpoint.get(KEY), dict):
+            require_sealed(checkpoint, path)
+        return checkpoint
 
 
 @dataclass

@@ -23,6 +23,8 @@ METHODS: dict[str, type[Config]] = {
 }
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(LoRAConfig)}
 """The callback's arguments that a method may have, and what they are unless given."""
+BASELINES = ("freeze", "full")
+"""Methods without adapters, to compare with: some modules trained and the rest frozen, or everything trained."""
 QUANTIZATIONS: dict[str, NF4Config] = {"nf4": NF4Config()}
 OPTIMIZERS = ("paged_adamw_8bit",)
 
@@ -32,6 +34,7 @@ class Settings:
     """What a module is turned into: where adapters go, what they are, and how the base below them is stored.
 
     Attributes:
+        method: ``"lora"``, or one of :data:`BASELINES`, which have no targets, config, quantization or adapter.
         targets: Pattern or patterns, or a mapping from pattern to config.
         config: The config of targets that have none of their own.
         exclude: Patterns of layers to leave as they are.
@@ -41,9 +44,11 @@ class Settings:
         adapter: Folder of a saved adapter that brings its own targets and configs.
 
     Raises:
-        ValueError: If ``adapter`` stands beside a value it would overrule, or ``init="loftq"`` beside no quantization.
+        ValueError: If ``adapter`` stands beside a value it would overrule, ``init="loftq"`` beside no quantization, or
+            a baseline beside a value it has no use for.
     """
 
+    method: str = "lora"
     targets: Any
     config: Config
     exclude: tuple[str, ...] = ()
@@ -54,22 +59,47 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_choice("train_bias", self.train_bias, TRAIN_BIAS)
+        if self.has_adapters:
+            self._check_adapters()
+        else:
+            self._check_baseline()
+
+    def _check_adapters(self) -> None:
         configs = [self.config, *(self.targets.values() if isinstance(self.targets, Mapping) else ())]
         if self.quantization is None and any(config.starts_from == "quantization" for config in configs):
             raise ValueError(
                 "init='loftq' fits the adapters to a base that is being quantized, and quantization is None. Use "
                 "quantization='nf4', or init='pissa'"
             )
-        if self.adapter is None:
-            return
+        changed = [*self._changed(), *(["train"] if self.train else [])]
+        if self.adapter is not None and changed:
+            raise ValueError(f"adapter={str(self.adapter)!r} brings its own {listing(changed)}; drop these arguments")
+
+    def _check_baseline(self) -> None:
+        changed = self._changed() + [name for name in ("quantization", "adapter") if getattr(self, name) is not None]
+        if changed:
+            raise ValueError(
+                f"method={self.method!r} puts no adapters into the module and quantizes nothing, so it has no use for "
+                f"{listing(changed)}; drop these arguments"
+            )
+        if self.method == "freeze" and not self.train:
+            raise ValueError(
+                "method='freeze' trains what train= names and nothing else; name a module, e.g. train='head'"
+            )
+
+    def _changed(self) -> list[str]:
+        """What of an adapter is not as it is by default."""
         default = as_config(self.config.method, **DEFAULTS)
         changed = [f.name for f in fields(self.config) if getattr(self.config, f.name) != getattr(default, f.name)]
         changed += ["method"] if self.config.method != "lora" else []
-        changed += [name for name in ("exclude", "train") if getattr(self, name)]
+        changed += ["exclude"] if self.exclude else []
         changed += ["train_bias"] if self.train_bias != "none" else []
-        changed += ["targets"] if self.targets != ALL_LINEAR else []
-        if changed:
-            raise ValueError(f"adapter={str(self.adapter)!r} brings its own {listing(changed)}; drop these arguments")
+        return changed + (["targets"] if self.targets != ALL_LINEAR else [])
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the method puts adapters into the module."""
+        return self.method not in BASELINES
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -83,26 +113,29 @@ def as_tuple(patterns: str | Iterable[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def as_quantization(value: str | NF4Config | None) -> NF4Config | None:
-    """A storage by name, or as its config."""
+def as_quantization(value: str | NF4Config | None, method: str) -> NF4Config | None:
+    """A storage by name, or as its config; ``"auto"`` is NF4 under adapters."""
+    if value == "auto":
+        value = None if method in BASELINES else "nf4"
     if value is None or isinstance(value, NF4Config):
         return value
-    check_choice("quantization", value, QUANTIZATIONS)
+    check_choice("quantization", value, ("auto", *QUANTIZATIONS))
     return QUANTIZATIONS[value]
 
 
 def as_config(method: str, **values: Any) -> Config:
-    """Return the config of a method, from the callback's arguments.
+    """Return the config of a method, from the callback's arguments; without adapters, that of LoRA.
 
     Raises:
         ValueError: If there is no such method, or it has no field for an argument that was given.
     """
-    check_choice("method", method, METHODS)
-    has = [field.name for field in fields(METHODS[method])]
+    check_choice("method", method, (*METHODS, *BASELINES))
+    kind = METHODS.get(method, LoRAConfig)
+    has = [field.name for field in fields(kind)]
     foreign = [f"{name}={value!r}" for name, value in values.items() if name not in has and value != DEFAULTS[name]]
     if foreign:
         raise ValueError(f"method={method!r} does not have {listing(foreign)}; it has {', '.join(has)}")
-    return METHODS[method](**{name: value for name, value in values.items() if name in has})
+    return kind(**{name: value for name, value in values.items() if name in has})
 
 
 def with_configs(targets: Any, config: Config) -> Any:

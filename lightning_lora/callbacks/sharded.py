@@ -15,6 +15,7 @@ from lightning_lora.callbacks.checkpoints import check_belongs, check_keys, chec
 from lightning_lora.callbacks.finetune import FINETUNES
 from lightning_lora.callbacks.processes import is_sharded
 from lightning_lora.errors import CheckpointError, listing
+from lightning_lora.io.checkpoint_file import require_whole
 
 
 def full_state(module: LightningModule) -> dict[str, Tensor]:
@@ -42,6 +43,7 @@ def load_sharded(
             f"{path} is a folder of shards. Checkpoints of adapters are one file: pass "
             "ModelParallelStrategy(save_distributed_checkpoint=False) where it is written"
         )
+    require_whole(Path(path))
     checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
     finetune = FINETUNES[module]
     check_belongs(checkpoint, finetune)

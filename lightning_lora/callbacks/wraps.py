@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 Undo = Callable[[], None]
 
 
@@ -24,6 +26,11 @@ def substitute(owner: object, method: str, function: Callable[..., Any]) -> Undo
     original = vars(owner).get(method)
     setattr(owner, method, function)
     return partial(_restore, owner, method, original)
+
+
+def substitute_forward(module: nn.Module, function: partial[Any]) -> Undo:
+    """Let a module compute by ``function``, whose first argument is its own ``forward``; returns what undoes it."""
+    return substitute(module, "forward", _Wrapped(function.func, *function.args))
 
 
 class _Wrapped(partial[Any]):

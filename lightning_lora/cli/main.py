@@ -70,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_demo(commands, shared)
+    _add_merge(commands, shared)
+    _add_files(commands, shared)
+    _add_plot(commands, shared)
     for name, text in RUNS.items():
         commands.add_parser(name, help=text, add_help=False)  # for this help alone
     doctor = commands.add_parser(
@@ -119,6 +122,146 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser], sha
     demo.set_defaults(run=_demo)
 
 
+def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
+    merge = commands.add_parser(
+        "merge",
+        parents=[shared],
+        allow_abbrev=False,
+        help="merge an adapter folder into its base model's files",
+        description=(
+            "Writes the merged model as safetensors with the base's own names, config and tokenizer. One layer is in "
+            "memory at a time and the model is never built, so its code is not needed. Nothing is written unless the "
+            "adapter is sound, belongs to this base, and every merged weight is finite."
+        ),
+        epilog="example:  lightning-lora merge --base ./my-llama --adapter ./out --out ./merged --dtype bfloat16",
+    )
+    merge.add_argument("--base", type=Path, required=True, help="folder of the base model, in safetensors")
+    merge.add_argument("--adapter", type=Path, required=True, help="adapter folder, ours or PEFT's")
+    merge.add_argument("--out", type=Path, required=True, help="folder for the merged model")
+    merge.add_argument(
+        "--onto",
+        choices=("trained", "original"),
+        default="trained",
+        help=(
+            "add the update to the weights it was trained on (over a 4-bit base: dequantized), or to the original "
+            "ones, which gives another function and says how far off (default: %(default)s)"
+        ),
+    )
+    dtypes = ("float32", "bfloat16", "float16")
+    merge.add_argument("--dtype", choices=dtypes, help="what to store numbers in (default: as the base does)")
+    merge.add_argument("--max-shard-size", default="5GB", help="bytes of a file at most (default: %(default)s)")
+    merge.add_argument("--allow-base-mismatch", action="store_true", help="merge into a base that was not trained on")
+    merge.set_defaults(run=_merge)
+
+
+def _add_files(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        parents=[shared],
+        allow_abbrev=False,
+        help="say what an adapter folder, a checkpoint or a merged model holds",
+        description=(
+            "Prints method, rank, targets, sizes, the base it belongs to, the norms of every layer's update, and which "
+            "programs can read it."
+        ),
+    )
+    inspect.add_argument("path", help="adapter folder, .ckpt file, or folder of a merged model")
+    inspect.add_argument("--json", action="store_true", help="print it as JSON")
+    inspect.set_defaults(run=_inspect)
+    verify = commands.add_parser(
+        "verify",
+        parents=[shared],
+        allow_abbrev=False,
+        help="check that such a file is sound, and belongs to a base",
+        description="Exit code 0 if all is sound; else 1, with one line that names the file, the reason and the fix.",
+    )
+    verify.add_argument("path", help="adapter folder, .ckpt file, or folder of a merged model")
+    verify.add_argument("--base", type=Path, help="folder of the base model, in safetensors")
+    verify.set_defaults(run=_verify)
+    convert = commands.add_parser(
+        "convert",
+        parents=[shared],
+        allow_abbrev=False,
+        help="turn a checkpoint into an adapter folder, or back; or a pickled adapter into safetensors",
+        description=(
+            "A .ckpt becomes an adapter folder; an adapter folder becomes a .ckpt of weights alone; a folder with "
+            "adapter_model.bin becomes one with adapter_model.safetensors. No code in a pickle is run."
+        ),
+    )
+    convert.add_argument("path", help="what to convert")
+    convert.add_argument("--out", type=Path, required=True, help="folder, or .ckpt file, to write")
+    convert.add_argument(
+        "--prefix", help="what names in the checkpoint begin with and names in the folder do not: net."
+    )
+    convert.set_defaults(run=_convert)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from lightning_lora.cli import files
+
+    return files.inspect(options)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from lightning_lora.cli import files
+
+    return files.verify(options)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from lightning_lora.cli import files
+
+    return files.convert(options)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from lightning_lora.cli import merging
+
+    return merging.merge(options)
+
+
+def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
+    plot = commands.add_parser(
+        "plot",
+        parents=[shared],
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="draw runs and adapters",
+        description=(
+            "Draws one picture of runs or adapters and writes it as PNG, SVG or both (extra: plot).\n\n"
+            "  curves      metrics of runs over the steps, a line for each run\n"
+            "  spectra     singular values of the update of each layer, and its effective rank\n"
+            "  similarity  directions that two adapters share: phi of the LoRA paper, section 7.2\n"
+            "  memory      what training holds: base, adapters, gradients, optimizer, activations\n"
+            "  norms       how far each layer has been moved"
+        ),
+        epilog=(
+            "A run is a folder with the metrics.csv of Lightning's CSVLogger in it or below, or that of the demo. An\n"
+            "adapter is a folder with adapter_config.json, ours or PEFT's, or a .ckpt of LoRACallback.\n\n"
+            "examples:\n"
+            "  lightning-lora demo && lightning-lora plot lora_demo --what spectra\n"
+            "  lightning-lora plot logs/version_0 logs/version_1 --what curves --metric val_loss --out loss.png\n"
+            "  lightning-lora plot adapter_r8 adapter_r64 --what similarity --layers '*.q_proj' --out figures/phi"
+        ),
+    )
+    plot.add_argument("paths", type=Path, nargs="+", metavar="RUN|ADAPTER", help="folders, or .ckpt files")
+    plot.add_argument(
+        "--what",
+        choices=("curves", "spectra", "similarity", "memory", "norms"),
+        help="which picture (default: curves of runs, spectra of an adapter, similarity of two)",
+    )
+    plot.add_argument(
+        "--out", type=Path, help="file .png or .svg, or a name without suffix for both (default: the picture's name)"
+    )
+    plot.add_argument(
+        "--metric", action="append", default=[], metavar="NAME", help="a curve to draw; may be given several times"
+    )
+    plot.add_argument(
+        "--layers", action="append", default=[], metavar="GLOB", help="layers to draw; may be given several times"
+    )
+    plot.set_defaults(run=_plot)
+
+
 def _positive(text: str) -> int:
     try:
         value = int(text)
@@ -145,6 +288,12 @@ def _demo(options: argparse.Namespace) -> int:
         chosen = task.byte_task(base, options.data)
     run.run(chosen, options.out, steps=options.steps, r=options.r)
     return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from lightning_lora.cli.plot import command
+
+    return command.plot(options)
 
 
 def _run(options: argparse.Namespace) -> int:

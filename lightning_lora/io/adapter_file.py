@@ -21,7 +21,8 @@ from torch import Tensor
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import peft
 from lightning_lora.io.atomic import replacing
-from lightning_lora.io.description import VERSION
+from lightning_lora.io.description import KEY, VERSION
+from lightning_lora.io.dtypes import DTYPES
 from lightning_lora.io.keys import adapter_key, split_adapter_key
 from lightning_lora.model.merge import is_finite
 from lightning_lora.nn.adapter import AdapterConfig
@@ -30,26 +31,11 @@ from lightning_lora.nn.fingerprint import sha256
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MAX_HEADER_BYTES = 32 * 2**20
-METADATA = "lightning_lora"
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_SAFETENSORS_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PICKLE = (
-    "holds a pickle, which can run code when it is read; refused. In a place you trust, convert it: "
-    "safetensors.torch.save_file(torch.load(file, weights_only=True), 'adapter_model.safetensors')"
+    "holds a pickle, which can run code when it is read; refused. Convert it to safetensors, by a reader that runs no "
+    "code: lightning-lora convert {} --out FOLDER"
 )
 
 
@@ -85,10 +71,27 @@ def write(
     Raises:
         OSError: If the folder cannot be written.
     """
-    # Cloned: safetensors refuses tensors that share memory, as a trained head and its tied embedding do.
-    copies = {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    copies = _copies(tensors)
     sums = {key: sha256(tensor) for key, tensor in copies.items()}
-    data = save(copies, {"format": "pt", METADATA: json.dumps({**metadata, "sha256": sums}, sort_keys=True)})
+    data = save(copies, {"format": "pt", KEY: json.dumps({**metadata, "sha256": sums}, sort_keys=True)})
+    _write_both(folder, data, settings)
+
+
+def write_foreign(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Write both files of an adapter that another program has made, of which nothing more is known.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    _write_both(folder, save(_copies(tensors), {"format": "pt"}), settings)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cloned: safetensors refuses tensors that share memory, as a trained head and its tied embedding do."""
+    return {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+
+
+def _write_both(folder: Path, data: bytes, settings: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / CONFIG) as config, replacing(folder / WEIGHTS) as weights:
         weights.write_bytes(_with_sorted_header(data))
@@ -103,12 +106,14 @@ def read(folder: Path) -> AdapterFile:
     """
     if folder.is_file():
         pickled = folder.suffix in _PICKLES
-        raise AdapterError(_PICKLE if pickled else f"is a file; pass the folder that holds {CONFIG} and {WEIGHTS}")
+        raise AdapterError(
+            _PICKLE.format(folder) if pickled else f"is a file; pass the folder that holds {CONFIG} and {WEIGHTS}"
+        )
     if not folder.is_dir():
         raise AdapterError("no such folder")
     absent = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
     if WEIGHTS in absent and any(p.suffix in _PICKLES for p in folder.iterdir()):
-        raise AdapterError(_PICKLE)
+        raise AdapterError(_PICKLE.format(folder))
     inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
     if len(absent) == 2 and inside:
         raise AdapterError(
@@ -124,7 +129,7 @@ def read(folder: Path) -> AdapterFile:
     with _opened(folder / WEIGHTS) as file:
         tensors = {key: _outline(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
         metadata = _metadata(file.metadata() or {})
-    foreign = [key for key, tensor in tensors.items() if tensor.dtype not in _DTYPES and split_adapter_key(key)]
+    foreign = [key for key, tensor in tensors.items() if tensor.dtype not in _FLOATS and split_adapter_key(key)]
     if foreign:
         raise AdapterError(f"{WEIGHTS} holds {tensors[foreign[0]].dtype} in {listing(foreign)}, expected floats")
     if metadata is not None:
@@ -185,17 +190,17 @@ def _opened(path: Path) -> Iterator[Any]:
 def _outline(part: Any) -> Tensor:
     """A tensor of the shape and dtype that a header gives, without memory."""
     name = part.get_dtype()
-    if name not in _SAFETENSORS_DTYPES:
+    if name not in DTYPES:
         raise AdapterError(f"{WEIGHTS} holds tensors of dtype {name}, which no adapter has")
-    return torch.empty(part.get_shape(), dtype=_SAFETENSORS_DTYPES[name], device="meta")
+    return torch.empty(part.get_shape(), dtype=DTYPES[name], device="meta")
 
 
 def _metadata(texts: Mapping[str, str]) -> dict[str, Any] | None:
     """What we wrote into the header, or None for a file by another program."""
-    if METADATA not in texts:
+    if KEY not in texts:
         return None
     try:
-        metadata = json.loads(texts[METADATA])
+        metadata = json.loads(texts[KEY])
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
@@ -203,8 +208,8 @@ def _metadata(texts: Mapping[str, str]) -> dict[str, Any] | None:
     version = metadata.get("version")
     if version != VERSION:
         raise AdapterError(
-            f"{WEIGHTS} is of format version {version!r}, and this lightning_lora reads version {VERSION}. Update it: "
-            "pip install -U lightning-lora"
+            f"{WEIGHTS} is of format version {version!r:.80}, and this lightning_lora reads version {VERSION}. "
+            "Update it: pip install -U lightning-lora"
         )
     return metadata
 

@@ -14,6 +14,7 @@ from lightning_lora.io import adapter_file, attention, biases, peft, readers, ve
 from lightning_lora.io.adapter_file import AdapterFile
 from lightning_lora.io.attention import PEFT_VERSION, is_packed
 from lightning_lora.io.description import describe, describe_configs, storage, storage_in
+from lightning_lora.io.experts import pack_stacks, stack_paths, unpacked_stacks
 from lightning_lora.io.fingerprint import base_fingerprint, to_json
 from lightning_lora.io.fitting import check_base, plan_for, require_free, require_same
 from lightning_lora.io.keys import PREFIX, adapter_key, canonical, leaves, shape_on_disk, trained_key
@@ -28,6 +29,7 @@ from lightning_lora.model.parameters import (
     trained_modules,
     trained_outside_adapters,
 )
+from lightning_lora.nn.adapter import Adapter
 from lightning_lora.nn.conv import ConvKind
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.linear import LinearKind
@@ -51,6 +53,7 @@ def save_adapter(model: nn.Module, path: str | PathLike[str], name: str = "defau
     settings = peft.to_peft(
         vera.pack_configs(model, attention.pack_configs(model, configs)),
         names=_module_names(model),
+        parameters=stack_paths(model),
         train=map(canonical, trained_modules(model, name)),
         bias=biases.choice_of(model, name),
         transposed=any(isinstance(layer.kind, LinearKind) and layer.kind.transposed for layer in layers.values()),
@@ -85,12 +88,15 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
             trained module.
     """
     found: dict[str, Tensor] = {}
-    layers, adapters = adapter_tensors(model, name), plain_adapters(model, name)
+    adapters, layers = plain_adapters(model, name), adapter_tensors(model, name)
     configs = {canonical(path): adapter.config for path, adapter in adapters.items()}
+    attention.pack_configs(model, configs)  # refuses what the format cannot say of an attention
+    stacks = stack_paths(model)
     for path, tensors in layers.items():
-        if not is_packed(model, path):
-            found |= _on_disk(path, adapters[path].kind, configs[canonical(path)].method, tensors)
-    for path, tensors in attention.pack_tensors(model, layers).items():
+        if not is_packed(model, path) and canonical(path) not in stacks:
+            found |= _on_disk(path, adapters[path].kind, adapters[path].config.method, tensors)
+    by_name = {canonical(path): tensors for path, tensors in layers.items()}
+    for path, tensors in (attention.pack_tensors(model, by_name) | pack_stacks(model, by_name)).items():
         found |= {adapter_key(path, leaf): tensor for leaf, tensor in tensors.items()}
     found |= vera.pack_tensors(model, configs, layers)
     whole = trained_modules(model, name)
@@ -135,9 +141,9 @@ def load_adapter(
     folder = Path(path)
     try:
         outline = adapter_file.read(folder)
-        file = _as_here(model, outline)
+        file = as_here(model, outline)
         check_base(model, plan_for(model, file), file, folder, allow_mismatch=allow_base_mismatch)
-        file = _as_here(model, adapter_file.load(folder, outline))
+        file = as_here(model, adapter_file.load(folder, outline))
         plan = plan_for(model, file)  # again: without our header, some of it is known from the values alone
         require_free(model, file, name)
         if any(name in layer.adapters for layer in adapted_layers(model).values()):
@@ -150,8 +156,22 @@ def load_adapter(
     return model
 
 
-def _as_here(model: nn.Module, file: AdapterFile) -> AdapterFile:
-    return biases.separated(model, vera.unpacked(model, attention.unpacked(model, file)))
+def as_here(model: nn.Module, file: AdapterFile) -> AdapterFile:
+    """Return a file as it was read with everything in it as it is here, rather than in PEFT.
+
+    Raises:
+        AdapterError: If something in it has no place in the model.
+    """
+    file = unpacked_stacks(model, attention.unpacked(model, file))
+    return biases.separated(model, vera.unpacked(model, file))
+
+
+@torch.no_grad()
+def fill(adapter: Adapter, kind: Kind, tensors: Mapping[str, Tensor]) -> None:
+    """Copy an adapter's tensors, by their on-disk names, into it."""
+    names = leaves(kind, adapter.config.method)
+    for key, parameter in adapter.named_parameters():
+        parameter.copy_(tensors[names[key]].reshape(parameter.shape))
 
 
 def _on_disk(path: str, kind: Kind, method: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -173,9 +193,7 @@ def _fill(model: nn.Module, file: AdapterFile, name: str) -> None:
         if name in layer.adapters:
             adapter, stored = layer.adapter(name), storage_in(file.metadata, canonical(path))
             adapter.trained_over = None if stored == storage(layer.base_layer) else stored
-            tensors, names = file.adapters[canonical(path)], leaves(layer.kind, adapter.config.method)
-            for key, parameter in adapter.named_parameters():
-                parameter.copy_(tensors[names[key]].reshape(parameter.shape))
+            fill(adapter, layer.kind, file.adapters[canonical(path)])
     state = {canonical(key): tensor for key, tensor in model.state_dict().items()}
     for key, tensor in file.others.items():
         state[key.removeprefix(PREFIX)].copy_(tensor)
@@ -190,4 +208,5 @@ def _module_names(model: nn.Module) -> Iterable[str]:
     """Names of the model's modules as they are without adapters."""
     inside = tuple(f"{path}." for path in adapted_layers(model))
     own = [path for path, _ in model.named_modules() if path and not (inside and path.startswith(inside))]
-    return [canonical(path) for path in own if not is_packed(model, path) or path.endswith(".out_proj")]
+    whole = [canonical(path) for path in own if not is_packed(model, path) or path.endswith(".out_proj")]
+    return {path.replace(".base_module", "") for path in whole} - set(stack_paths(model))

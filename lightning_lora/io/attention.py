@@ -70,11 +70,11 @@ def pack_tensors(model: nn.Module, tensors: Mapping[str, Tensors]) -> dict[str, 
 
     Args:
         model: The model the adapters are in.
-        tensors: ``lora_A`` and ``lora_B`` of each adapted layer, by its name.
+        tensors: ``lora_A`` and ``lora_B`` of each adapted layer, by its canonical name.
     """
     packed: dict[str, dict[str, Tensor]] = {}
     for path, attention in _attentions(model).items():
-        mine = {name: tensors[key] for name in PROJECTIONS for key in tensors if canonical(key) == f"{path}.{name}"}
+        mine = {name: tensors[f"{path}.{name}"] for name in PROJECTIONS if f"{path}.{name}" in tensors}
         if mine:
             _require_one_size(path, attention)
             packed |= _packed(path, mine, attention.embed_dim)
@@ -86,6 +86,21 @@ def is_packed(model: nn.Module, path: str) -> bool:
     return _around(canonical(path)) in _attentions(model)
 
 
+def update_of_part(path: str) -> tuple[str, str, int]:
+    """What a pair of factors in a file stands for, without the model.
+
+    Args:
+        path: The layer as the file names it.
+
+    Returns:
+        Its name for people, the name under which the config has its rank and scaling, and how often it is added.
+    """
+    if path.endswith(_INSIDE):
+        around = path.removesuffix(_INSIDE)
+        return f"{around}.{_OUT}", around, _TIMES
+    return path, path, 1
+
+
 def unpacked(model: nn.Module, file: AdapterFile) -> AdapterFile:
     """Return a file with the adapters on attention as if they were on linear layers, which they are here.
 
@@ -94,16 +109,35 @@ def unpacked(model: nn.Module, file: AdapterFile) -> AdapterFile:
     """
     kinds = (nn.MultiheadAttention, SplitAttention)
     attentions = {canonical(path): module for path, module in model.named_modules() if isinstance(module, kinds)}
+    return _unpacked_in({path: module.embed_dim for path, module in attentions.items()}, file)
+
+
+def unpacked_alone(file: AdapterFile) -> AdapterFile:
+    """The same without the model: an attention is what has a pair of factors for its ``out_proj`` inside.
+
+    Raises:
+        AdapterError: If tensors are missing, of other shapes, or not what the header says.
+    """
+    pairs = {path: file.adapters[path] for path in attentions_in(file)}
+    return _unpacked_in({path: pair[_A].shape[-1] if _A in pair else 0 for path, pair in pairs.items()}, file)
+
+
+def attentions_in(file: AdapterFile) -> list[str]:
+    """Names of the attentions in a file as it was read."""
+    return [path for path in file.adapters if path + _INSIDE in file.adapters]
+
+
+def _unpacked_in(widths: Mapping[str, int], file: AdapterFile) -> AdapterFile:
     adapters = dict(file.adapters)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for path, module in attentions.items():
+    for path, width in widths.items():
         if path not in adapters or file.settings.get("peft_type") != "LORA":
             continue
         pairs = {p: adapters.pop(p, {}) for p in (path, path + _INSIDE)}
         whole = _whole(file, path)
         _check_version(file.settings.get("peft_version"))
-        _check_shapes(pairs, whole.r, module.embed_dim)
+        _check_shapes(pairs, whole.r, width)
         configs = _configs_in(file.metadata, path, whole)
         adapters |= _unpacked(path, pairs, {name: config.r for name, config in configs.items()})
         ranks |= {peft.exactly(f"{path}.{name}"): config.r for name, config in configs.items()}
@@ -113,7 +147,7 @@ def unpacked(model: nn.Module, file: AdapterFile) -> AdapterFile:
     settings = dict(file.settings)
     settings["rank_pattern"] = ranks | (settings.get("rank_pattern") or {})
     settings["alpha_pattern"] = alphas | (settings.get("alpha_pattern") or {})
-    settings["target_modules"] = _targets(settings.get("target_modules"), attentions, adapters)
+    settings["target_modules"] = _targets(settings.get("target_modules"), widths, adapters)
     return replace(file, settings=settings, adapters=adapters)
 
 

@@ -19,6 +19,7 @@ from lightning_lora.model.layers import require_adapters
 from lightning_lora.model.parameters import trained_modules
 
 _ADAPTED, _ALL = "adapted", "all"
+_HOSTED = ".base_layer"
 _COPIES = (".original_module.bias", ".modules_to_save.bias")
 """What PEFT writes beside the bias of a module that it trains whole: the one from before, and the same again."""
 
@@ -84,6 +85,31 @@ def separated(model: nn.Module, file: AdapterFile) -> AdapterFile:
     return replace(file, others=others, biases=found)
 
 
+def separated_alone(file: AdapterFile) -> AdapterFile:
+    """The same without the model: a bias is what is called so, outside of modules trained whole.
+
+    Raises:
+        AdapterError: If the settings say that there are some, and there are none.
+    """
+    bias = file.settings.get("bias") or "none"
+    if bias == "none":
+        return file
+    keys = {path: key for key in file.others if (path := _biased(file, key)) is not None}
+    if not keys:
+        raise AdapterError(f"bias={bias!r}, and {WEIGHTS} has no bias")
+    others = {key: t for key, t in file.others.items() if key not in keys.values() and not key.endswith(_COPIES)}
+    return replace(file, others=others, biases={path: file.others[key] for path, key in keys.items()})
+
+
+def _biased(file: AdapterFile, key: str) -> str | None:
+    """The layer whose trained bias is stored so, or None if it is another tensor."""
+    path = key.removeprefix(PREFIX).removesuffix(".bias").removesuffix(_HOSTED)
+    ends = tuple(file.settings.get("modules_to_save") or ())
+    outer = [path[:index] for index, letter in enumerate(f"{path}.") if letter == "."]
+    inside = bool(ends) and any(module.endswith(ends) for module in outer)
+    return None if inside or not key.endswith(".bias") or not key.startswith(PREFIX) else path
+
+
 def _check_shapes(found: Mapping[str, Tensor], live: Mapping[str, Tensor | None]) -> None:
     for path, tensor in found.items():
         here = live[path]
@@ -93,7 +119,7 @@ def _check_shapes(found: Mapping[str, Tensor], live: Mapping[str, Tensor | None]
 
 
 def _key(path: str, *, adapted: bool) -> str:
-    return f"{PREFIX}{path}.base_layer.bias" if adapted else f"{PREFIX}{path}.bias"
+    return f"{PREFIX}{path}{_HOSTED}.bias" if adapted else f"{PREFIX}{path}.bias"
 
 
 def _outside(layers: Iterable[str], whole: Iterable[str]) -> list[str]:

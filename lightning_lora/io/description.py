@@ -12,10 +12,19 @@ from lightning_lora.model.biases import trained_biases
 from lightning_lora.model.layers import require_adapters
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.nn.attention import SplitAttention
 from lightning_lora.nn.base import QuantizedLinear
+from lightning_lora.nn.kind import Kind
+from lightning_lora.nn.linear import LinearKind
 from lightning_lora.nn.low_rank import LowRankConfig
 
 VERSION = 1
+
+KEY = "lightning_lora"
+"""The entry of a checkpoint, and of a file's header, that holds a description."""
+
+ATTENTION = "projection of an attention"
+"""The kind of a linear layer that ``nn.MultiheadAttention`` packs with others."""
 
 CHANCE = "chance"
 """The start of adapters that were drawn, from whatever distribution."""
@@ -27,18 +36,20 @@ def describe(model: nn.Module, name: str = "default") -> Description:
     """Describe adapter ``name`` of ``model``.
 
     Returns:
-        ``version``, ``method``, the method's decisive fields such as ``r``, ``alpha`` and ``scaling``, ``start`` (each
-        one value, or a mapping from layer to value where layers differ), ``targets`` (adapted layers), ``train``
-        (modules trained whole), ``biases`` (layers whose bias is trained) and ``quantization`` (how the base is
-        stored).
+        ``version``, ``method``, the method's decisive fields such as ``r``, ``alpha`` and ``scaling``, ``start``,
+        ``kinds`` of layers (each one value, or a mapping from layer to value where layers differ), ``targets`` (adapted
+        layers), ``train`` (modules trained whole), ``biases`` (layers whose bias is trained) and ``quantization`` (how
+        the base is stored).
     """
-    layers = {canonical(path): layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
+    found = {path: layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
+    layers = {canonical(path): layer for path, layer in found.items()}
     configs = {path: layer.adapter(name).config for path, layer in layers.items()}
     stored = {path: storage(layer.base_layer) for path, layer in layers.items()}
     return {
         "version": VERSION,
         **describe_configs(configs),
         **describe_starts(configs),
+        "kinds": _collapse({canonical(path): _kind(model, path, layer.kind) for path, layer in found.items()}),
         "train": sorted(map(canonical, trained_modules(model, name))),
         "biases": sorted(map(canonical, trained_biases(model, name))),
         "quantization": _collapse(stored),
@@ -86,12 +97,22 @@ def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     for key in here:
         if key in saved and saved[key] != here[key]:
             theirs, ours = saved[key], here[key]
-            if isinstance(theirs, list) and isinstance(ours, list):
+            if _are_names(theirs) and _are_names(ours):
                 only_there, only_here = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
                 found.append(f"{key}: {_some(only_there)} only there, {_some(only_here)} only here")
             else:
                 found.append(f"{key} is {_brief(theirs)} there and {_brief(ours)} here")
     return found
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _kind(model: nn.Module, path: str, kind: Kind) -> str:
+    if isinstance(model.get_submodule(path.rpartition(".")[0]), SplitAttention):
+        return ATTENTION
+    return f"transposed {kind.name}" if isinstance(kind, LinearKind) and kind.transposed else kind.name
 
 
 def _collapse(values: Mapping[str, Any]) -> Any:

@@ -29,18 +29,26 @@ class Comparison:
     Attributes:
         differ: Layers whose weight is another one, with what differs.
         unchecked: Layers that could not be compared, with the reason.
-        there: Short name of the base in the file, over the layers that could be compared.
-        here: That of the model.
+        theirs: Fingerprints in the file of the layers that could be compared.
+        ours: The model's.
     """
 
     differ: dict[str, str] = field(default_factory=dict)
     unchecked: dict[str, str] = field(default_factory=dict)
-    there: str = ""
-    here: str = ""
+    theirs: list[Fingerprint] = field(default_factory=list)
+    ours: list[Fingerprint] = field(default_factory=list)
+
+    def add(self, other: Comparison) -> None:
+        """Take in the comparison of further layers."""
+        self.differ |= other.differ
+        self.unchecked |= other.unchecked
+        self.theirs += other.theirs
+        self.ours += other.ours
 
     def __str__(self) -> str:
+        there, here = combined(self.theirs), combined(self.ours)
         layers = listing(f"{path} ({what})" for path, what in self.differ.items())
-        return f"it was trained on base {self.there} and this model is {self.here}, another one in {layers}"
+        return f"it was trained on base {there} and this model is {here}, another one in {layers}"
 
 
 def base_fingerprint(layers: Mapping[str, nn.Module]) -> dict[str, Fingerprint]:
@@ -86,12 +94,11 @@ def compare(saved: Any, layers: Mapping[str, nn.Module], here: Saved | None = No
         if found is None:
             result.unchecked[path] = f"its weight is {ours[path].stored} here and was {theirs[path].stored} there"
             continue
-        ours[path] = found
+        result.theirs.append(theirs[path])
+        result.ours.append(found)
         what = _difference(theirs[path], found)
         if what is not None:
             result.differ[path] = what
-    compared = [path for path in layers if path in theirs and path in ours and path not in result.unchecked]
-    result.there, result.here = (combined(side[path] for path in compared) for side in (theirs, ours))
     return result
 
 

@@ -15,16 +15,18 @@ from lightning_lora.io.description import describe, describe_configs, difference
 from lightning_lora.io.fingerprint import compare
 from lightning_lora.io.keys import PREFIX, canonical, leaves, shape_on_disk
 from lightning_lora.io.notes import tell
-from lightning_lora.model.attention import layer_at, named_layers
 from lightning_lora.model.layers import adapted_layers, adapter_names
 from lightning_lora.model.parameters import trained_modules
+from lightning_lora.model.split import layer_at, named_layers, part_names
 from lightning_lora.model.targets import Plan
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.nn.attention import SplitAttention
 from lightning_lora.nn.conv import ConvKind
 from lightning_lora.nn.kinds import has_kind, kind_of, why_not_adaptable
 from lightning_lora.nn.linear import LinearKind
 from lightning_lora.nn.low_rank import LowRankConfig
+from lightning_lora.nn.split import Split
 from lightning_lora.nn.vera import VeRAConfig
 
 
@@ -51,7 +53,9 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
     linear = [path for path, real in live.items() if _is_adaptable(layer_at(model, real))]
     whole = _trained_whole(live, file)
     inside = tuple(f"{module}." for module in whole)
-    candidates = [path for path in linear if not f"{path}.".startswith(inside)]
+    named = file.settings.get("target_modules") or ()  # parameters are in it by their whole names, if they are
+    modules = [path for path in linear if path in named or _is_module(model, live[path])]
+    candidates = [path for path in modules if not f"{path}.".startswith(inside)]
     expected = peft.expected_layers(file.settings, [*candidates, *file.adapters])
     if expected is not None:
         missing, extra = sorted(expected - file.adapters.keys()), sorted(file.adapters.keys() - expected)
@@ -59,15 +63,7 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
             raise AdapterError(f"{CONFIG} names layers that {WEIGHTS} has no tensors for: {listing(missing)}")
         if extra:
             raise AdapterError(f"{WEIGHTS} holds layers that {CONFIG} does not name: {listing(extra)}")
-    configs = file.configs or peft.from_peft(file.settings, file.adapters, file.metadata)
-    if file.metadata is not None:
-        dropout = float(peft.dropout_in(file.settings))
-        apart = differences(file.metadata, describe_configs(configs) | {"dropout": dropout})
-        if apart:
-            raise AdapterError(
-                f"{CONFIG} and the header of {WEIGHTS} disagree, one was changed or they are of two saves: "
-                f"{'; '.join(apart)}"
-            )
+    configs = configs_of(file)
     _check_shapes(model, live, configs, file)
     if file.settings.get("fan_in_fan_out") and not any(_is_transposed(layer_at(model, live[p])) for p in configs):
         raise AdapterError(f"{CONFIG}: it uses fan_in_fan_out=True, and no layer of this model is transposed so")
@@ -76,6 +72,24 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
     order = {path: index for index, path in enumerate(live)}
     layers = {live[path]: configs[path] for path in sorted(configs, key=order.__getitem__)}
     return Plan(layers=layers, train=train, biases=tuple(live[path] for path in file.biases))
+
+
+def configs_of(file: AdapterFile) -> dict[str, AdapterConfig]:
+    """Return the config of each layer of a file.
+
+    Raises:
+        AdapterError: If a setting is broken, or is not what the header of the weights says it was.
+    """
+    configs = dict(file.configs or peft.from_peft(file.settings, file.adapters, file.metadata))
+    if file.metadata is not None:
+        dropout = float(peft.dropout_in(file.settings))
+        apart = differences(file.metadata, describe_configs(configs) | {"dropout": dropout})
+        if apart:
+            raise AdapterError(
+                f"{CONFIG} and the header of {WEIGHTS} disagree, one was changed or they are of two saves: "
+                f"{'; '.join(apart)}"
+            )
+    return configs
 
 
 def require_same(model: nn.Module, plan: Plan, name: str) -> None:
@@ -133,6 +147,15 @@ def check_base(model: nn.Module, plan: Plan, file: AdapterFile, folder: Path, *,
         )
 
 
+def _is_module(model: nn.Module, path: str) -> bool:
+    """Whether a layer is a module to PEFT too, so that ``target_modules`` can name it, rather than a parameter."""
+    place, _, name = path.rpartition(".")
+    around = model.get_submodule(place)
+    if isinstance(around, Split):
+        return isinstance(around, SplitAttention) and name == "out_proj"
+    return name in around._modules or name not in part_names(around)
+
+
 def _is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, AdaptedLayer) or why_not_adaptable(module) is None
 
@@ -155,6 +178,10 @@ def _check_shapes(
                 f"{path} is a convolution in {kind.groups} groups, whose adapter is another function here"
             )
         assert isinstance(config, LowRankConfig | VeRAConfig)
+        try:
+            kind.check(config)
+        except ValueError as error:
+            raise AdapterError(f"{path}: {error}") from None
         rank, names = config.r, leaves(kind, config.method)
         for tensor, leaf in names.items():
             if leaf not in file.adapters[path]:

@@ -34,7 +34,6 @@ _MUST_BE_OFF = (
     "layer_replication",
     "lora_bias",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
@@ -46,6 +45,7 @@ def to_peft(
     configs: Mapping[str, AdapterConfig],
     *,
     names: Iterable[str],
+    parameters: Iterable[str] = (),
     train: Iterable[str] = (),
     bias: str = "none",
     transposed: bool = False,
@@ -55,6 +55,7 @@ def to_peft(
     Args:
         configs: Config of each adapted layer, by its name.
         names: Names of every module of the model, which decide how briefly the targets can be named.
+        parameters: Names of parameters that may be among the layers.
         train: Modules trained whole.
         bias: Which biases are trained: ``"none"``, ``"adapted"`` or ``"all"``.
         transposed: Whether a layer stores its weight transposed, as Hugging Face's ``Conv1D``.
@@ -66,12 +67,15 @@ def to_peft(
     _check_one_method(configs)
     veras = {path: config for path, config in configs.items() if isinstance(config, VeRAConfig)}
     low_rank = {path: config for path, config in configs.items() if isinstance(config, LowRankConfig)}
+    stacks = sorted(configs.keys() & set(parameters))
+    named = {"target_parameters": stacks} if stacks else {}
     return {
         **_SHARED,
         **(_vera_settings(veras) if veras else _low_rank_settings(low_rank)),
         "bias": ("vera_only" if veras else "lora_only") if bias == "adapted" else bias,
         "fan_in_fan_out": transposed,
-        "target_modules": _target_modules(sorted(configs), names),
+        **named,
+        "target_modules": _target_modules(sorted(configs.keys() - set(stacks)), names),
         "modules_to_save": sorted(train) or None,
     }
 
@@ -80,19 +84,20 @@ def check_supported(settings: Mapping[str, Any]) -> None:
     """Raise ``AdapterError`` if a setting is missing, or changes the function in a way not supported."""
     kind = settings.get("peft_type")
     if kind not in ("LORA", "VERA"):
-        raise AdapterError(f"peft_type is {kind!r}, expected 'LORA' or 'VERA'")
-    on = [f"{key}={settings[key]!r}" for key in _MUST_BE_OFF if settings.get(key)]
+        raise AdapterError(f"peft_type is {kind!r:.80}, expected 'LORA' or 'VERA'")
+    on = [f"{key}={settings[key]!r:.80}" for key in _MUST_BE_OFF if settings.get(key)]
+    on += ["target_parameters, which VeRA has not"] if kind == "VERA" and settings.get("target_parameters") else []
     if on:
         raise AdapterError(f"it uses {listing(on)}, which cannot be loaded yet")
     biases = ("none", "all", f"{kind.lower()}_only")
     if settings.get("bias", "none") not in biases:
-        raise AdapterError(f"bias is {settings['bias']!r}, expected one of {', '.join(biases)}")
+        raise AdapterError(f"bias is {settings['bias']!r:.80}, expected one of {', '.join(biases)}")
     missing = [key for key in (("r", "lora_alpha") if kind == "LORA" else ("r",)) if key not in settings]
     if missing:
         raise AdapterError(f"{listing(missing)} is missing; without it the adapter would be scaled wrongly")
     whole = settings.get("modules_to_save") or []
     if not isinstance(whole, list) or not all(isinstance(name, str) and name for name in whole):
-        raise AdapterError(f"modules_to_save is {whole!r}, expected a list of names")
+        raise AdapterError(f"modules_to_save is {whole!r:.80}, expected a list of names")
 
 
 def from_peft(
@@ -121,7 +126,7 @@ def from_peft(
             for path in layers
         }
     except (TypeError, ValueError) as error:
-        raise AdapterError(str(error)) from None
+        raise AdapterError(f"{error!s:.300}") from None
 
 
 def dropout_in(settings: Mapping[str, Any]) -> float:
@@ -264,12 +269,12 @@ def _patterns(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Pattern keys as plain names. Expressions from a file are never run: a crafted one can hang the reader."""
     patterns = settings.get(key) or {}
     if not isinstance(patterns, dict):
-        raise AdapterError(f"{key} is {patterns!r}, expected an object")
+        raise AdapterError(f"{key} is {patterns!r:.80}, expected an object")
     plain = {}
     for pattern, value in patterns.items():
         name = pattern.replace("\\", "")
         if re.fullmatch(r"\^?[\w.\-]+", name) is None:
-            raise AdapterError(f"{key} has the expression {pattern!r}; only names of layers can be read")
+            raise AdapterError(f"{key} has the expression {pattern!r:.80}; only names of layers can be read")
         plain[name] = value
     return plain
 

@@ -12,7 +12,8 @@ projections the vectors would be another function.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io.adapter_file import AdapterFile
 from lightning_lora.io.keys import adapter_key, canonical
-from lightning_lora.model.attention import layer_at, named_layers
+from lightning_lora.model.split import layer_at, named_layers
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.kind import Kind
@@ -149,6 +150,33 @@ def unpacked(model: nn.Module, file: AdapterFile) -> AdapterFile:
     return replace(file, adapters=adapters, others=others, configs=layout.configs)
 
 
+def unpacked_alone(file: AdapterFile) -> AdapterFile:
+    """The same without the model. Its sizes say which elements of ``d`` are a layer's own; here all of them stay.
+
+    Raises:
+        AdapterError: If a vector is missing or of another size, or it is not said what the adapters are.
+    """
+    if file.settings.get("peft_type") != "VERA":
+        return file
+    lacking = [f"{path}.{_B}" for path, tensors in file.adapters.items() if _B not in tensors]
+    if lacking:
+        raise AdapterError(f"{listing(lacking)} is missing")
+    _check_rank(file.settings["r"], file.adapters)
+    shapes = [tuple(file.others[key].shape) for key in PROJECTIONS.values() if key in file.others]
+    if any(len(shape) != 2 for shape in shapes):
+        raise AdapterError(f"the projections have shapes {shapes}, expected matrices")
+    size = (
+        dict(zip(("largest_in", "largest_out"), (shapes[0][1], shapes[1][0]), strict=True)) if len(shapes) > 1 else {}
+    )
+    with _said_what():
+        like, settings = _like(file.settings), file.settings
+        configs = _configs_in_header(file, file.adapters) or dict.fromkeys(
+            file.adapters, VeRAConfig(r=settings["r"], seed=settings.get("projection_prng_key", 0), **size, **like)
+        )
+    others = {key: tensor for key, tensor in file.others.items() if key not in PROJECTIONS.values()}
+    return replace(file, others=others, configs=configs)
+
+
 def _layout(model: nn.Module, configs: Mapping[str, AdapterConfig]) -> _Layout | None:
     veras = {path: config for path, config in sorted(configs.items()) if isinstance(config, VeRAConfig)}
     return _Layout(veras, _kinds(model)) if veras else None
@@ -175,19 +203,35 @@ def _candidates(
 ) -> list[dict[str, VeRAConfig]]:
     """What the adapters may be: what the header says, or without one PEFT's own, or ours that PEFT has saved again."""
     settings = file.settings
-    like = {"dropout": settings.get("vera_dropout") or 0.0, "d_initial": settings.get("d_initial", 0.1)}
-    try:
-        if file.metadata is not None:
-            return [{path: VeRAConfig(**like, **_in_header(file.metadata, path)) for path in vectors}]
-        rank, seed = settings["r"], settings.get("projection_prng_key", 0)
+    with _said_what():
+        in_header = _configs_in_header(file, vectors)
+        if in_header:
+            return [in_header]
+        like, rank, seed = _like(settings), settings["r"], settings.get("projection_prng_key", 0)
         columns = max(kinds[path].in_features for path in vectors)
         rows = max(kinds[path].out_features for path in vectors)
         theirs = VeRAConfig(r=rank, seed=seed, largest_in=columns, largest_out=rows, **like)
         sizes = {(kinds[path].in_features, kinds[path].out_features) for path in vectors}
         ours = [] if rank % len(sizes) else [VeRAConfig(r=rank // len(sizes), seed=seed, **like)]
         return [dict.fromkeys(vectors, config) for config in (theirs, *ours)]
+
+
+@contextmanager
+def _said_what() -> Iterator[None]:
+    try:
+        yield
     except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"it does not say what its VeRAs are ({error})") from None
+        raise AdapterError(f"it does not say what its VeRAs are ({error!s:.300})") from None
+
+
+def _like(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"dropout": settings.get("vera_dropout") or 0.0, "d_initial": settings.get("d_initial", 0.1)}
+
+
+def _configs_in_header(file: AdapterFile, layers: Iterable[str]) -> dict[str, VeRAConfig]:
+    if file.metadata is None:
+        return {}
+    return {path: VeRAConfig(**_like(file.settings), **_in_header(file.metadata, path)) for path in layers}
 
 
 def _in_header(metadata: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_lora.errors import AdapterError, listing
-from lightning_lora.model.attention import join_bare
 from lightning_lora.model.biases import hand_over_note, unmark_biases
 from lightning_lora.model.layers import replace, require_adapters
 from lightning_lora.model.parameters import unmark_trained
 from lightning_lora.model.routing import computing
+from lightning_lora.model.split import join_bare
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.base import share_hooks
 from lightning_lora.nn.rows import BASE

@@ -15,6 +15,7 @@ from lightning_lora.model.layers import adapted_layers
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.attention import PROJECTIONS, SplitAttention
 from lightning_lora.nn.base import layer_bias
+from lightning_lora.nn.split import Split
 
 TRAIN_BIAS = ("none", "adapted", "all")
 """Which biases may be trained: none, those of adapted layers, or every parameter of the name ``bias``."""
@@ -48,6 +49,13 @@ def choose_biases(model: nn.Module, choice: str, adapted: Iterable[str], whole: 
         )
     here = [name for name in biased_layers(model) if not f"{name}.".startswith(inside)]
     found = tuple(name for name in here if choice == "all" or name in adapted)
+    around = {name.rpartition(".")[0] for name in adapted}
+    apart = [name for name in found if (name in around and name not in adapted) or _is_part(model, name)]
+    if apart:
+        raise TargetError(
+            f"train_bias={choice!r} would train the bias of {listing(apart)}, which is taken apart while it is adapted."
+            " Use train_bias='none', exclude what is adapted there, or train the module whole (train=)"
+        )
     if not found:
         where = "the adapted layers have" if choice == "adapted" else f"{type(model).__name__} has"
         raise TargetError(f"train_bias={choice!r} finds nothing to train: {where} no bias. Use train_bias='none'")
@@ -67,6 +75,11 @@ def is_projection(model: nn.Module, name: str) -> bool:
     around, _, last = name.rpartition(".")
     known = last in PROJECTIONS and around in dict(model.named_modules())
     return known and isinstance(model.get_submodule(around), nn.MultiheadAttention | SplitAttention)
+
+
+def _is_part(model: nn.Module, name: str) -> bool:
+    """Whether a layer is inside of a module that is taken apart."""
+    return bool(name) and isinstance(model.get_submodule(name.rpartition(".")[0]), Split)
 
 
 def bias_of(layer: nn.Module) -> nn.Parameter | None:
@@ -91,6 +104,21 @@ def refuse_shared(model: nn.Module, layers: Iterable[str]) -> None:
         raise AdapterError(
             f"the bias of {listing(taken)} is trained along with adapter {names[taken[0]][0]!r} already, and a layer "
             "has one bias for all its adapters. Use train_bias='none' for the second"
+        )
+
+
+def refuse_taken_apart(model: nn.Module, places: Iterable[str]) -> None:
+    """Refuse to take modules apart of which a bias is trained along with an adapter that is there already.
+
+    Raises:
+        AdapterError: Naming the layers.
+    """
+    inside = tuple(f"{place}." for place in places)
+    taken = [path for path, module in model.named_modules() if _noted(module) and f"{path}.".startswith(inside)]
+    if taken:
+        raise AdapterError(
+            f"the bias of {listing(taken)} is trained along with another adapter, and the module it is in would be "
+            "taken apart. Put both adapters on before their biases are trained, or use train_bias='none'"
         )
 
 

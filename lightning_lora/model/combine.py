@@ -7,7 +7,7 @@ that are added give cross terms ``B_i A_j``, which no adapter was trained for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -24,7 +24,10 @@ from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import Adapter
 from lightning_lora.nn.base import weight_device, weight_dtype
 from lightning_lora.nn.combining import Factors, drop, elect, factorize, nearest, stack, trim, weighted_sum
+from lightning_lora.nn.expert_lora import ExpertLoRA
 from lightning_lora.nn.lora import LoRA, LoRAConfig
+
+LowRank = LoRA | ExpertLoRA
 
 USES: dict[str, tuple[str, ...]] = {
     "linear": (),
@@ -95,11 +98,11 @@ def combine(
     for path, layer in layers.items():
         parts = {part: _lora(path, layer, part) for part in weights if part in layer.adapters}
         if parts:
-            made[layer] = _build(layer, recipe.factors(path, parts, [weights[part] for part in parts]))
+            made[layer] = _build(layer, recipe.combined(path, parts, [weights[part] for part in parts]))
     along = {module for part in weights for module in trained_modules(model, part)}
     biases = {layer for part in weights for layer in trained_biases(model, part)}
     for layer, adapter in made.items():
-        layer.adapters[name] = adapter
+        layer.put(name, adapter)
     for module in along:
         mark_trained(model.get_submodule(module), name)
     for path in biases:
@@ -131,25 +134,34 @@ class _Recipe:
                 f"{self.density!r}. TIES was published with 0.2, DARE with 0.1 to 0.5"
             )
 
-    def factors(self, path: str, parts: Mapping[str, LoRA], weights: Sequence[float]) -> Factors:
-        """Combine the adapters on one layer."""
+    def combined(self, path: str, parts: Mapping[str, LowRank], weights: Sequence[float]) -> list[Factors]:
+        """Combine the adapters on one layer: one update, or one for each of its experts."""
         ranks = {name: part.config.r for name, part in parts.items()}
         if self.how == "linear" and len(set(ranks.values())) > 1:
             found = ", ".join(f"{rank} ({name})" for name, rank in ranks.items())
             raise AdapterError(f"{path}: how='linear' keeps the rank, and these are {found}. Use how='svd' or 'cat'")
         rank = sum(ranks.values()) if self.how == "cat" else self.r or max(ranks.values())
+        updates = zip(*map(self._updates, parts.values()), strict=True)
+        return [self._factors(of_one_matrix, weights, rank) for of_one_matrix in updates]
+
+    def _updates(self, adapter: LowRank) -> list[Factors]:
+        """The factors of each matrix it changes, with ``s`` in ``A``."""
+        device, dtype = adapter.lora_A.device, torch.promote_types(adapter.lora_A.dtype, torch.float32)
+        if self.density is None:  # factors are small, and not every device computes in float64
+            device, dtype = torch.device("cpu"), torch.float64
+        lora_A, lora_B = adapter.config.scale * adapter.lora_A.to(device, dtype), adapter.lora_B.to(device, dtype)
+        return list(zip(lora_A, lora_B, strict=True)) if isinstance(adapter, ExpertLoRA) else [(lora_A, lora_B)]
+
+    def _factors(self, updates: Sequence[Factors], weights: Sequence[float], rank: int) -> Factors:
+        """Combine updates of one matrix."""
         if self.density is not None:
-            return factorize(self._pruned(parts.values(), weights, self.density), rank)
-        # Factors are small, and not every device computes in float64.
-        stacked = stack([_factors(part, torch.device("cpu"), torch.float64) for part in parts.values()], weights)
+            return factorize(self._pruned(updates, weights, self.density), rank)
+        stacked = stack(updates, weights)
         full = min(stacked[0].shape[1], stacked[1].shape[0])
         return stacked if self.how == "cat" and rank <= full else nearest(stacked, rank)
 
-    def _pruned(self, parts: Iterable[LoRA], weights: Sequence[float], density: float) -> Tensor:
-        dense = []
-        for part in parts:
-            lora_A, lora_B = _factors(part, part.lora_A.device, torch.promote_types(part.lora_A.dtype, torch.float32))
-            dense.append(lora_B @ lora_A)
+    def _pruned(self, updates: Sequence[Factors], weights: Sequence[float], density: float) -> Tensor:
+        dense = [lora_B @ lora_A for lora_A, lora_B in updates]
         if self.how == "ties":
             return elect([trim(update, density) for update in dense], weights)
         dropped = [drop(update, density, self.generator) for update in dense]
@@ -166,32 +178,27 @@ def _check_weights(weights: Mapping[str, float]) -> None:
             raise ValueError(f"the weight of {name!r} must be a finite number, got {weight!r}")
 
 
-def _lora(path: str, layer: AdaptedLayer, name: str) -> LoRA:
+def _lora(path: str, layer: AdaptedLayer, name: str) -> LowRank:
     adapter = layer.adapter(name)
-    if not isinstance(adapter, LoRA):
+    if not isinstance(adapter, LoRA | ExpertLoRA):
         raise AdapterError(
             f"adapter {name!r} on {path} is {adapter.config.method}, and only LoRA updates can be weighted and added. "
             f"Leave {name!r} out, or merge it into the base first"
         )
     if not all(is_finite(tensor) for tensor in adapter.parameters()):
         raise AdapterError(f"adapter {name!r} on {path} holds NaN or infinity. Load it anew, or leave it out")
-    return adapter.plain()  # of one that started in the weight, what it changes
+    # of one that started in the weight, what it changes
+    return adapter.plain() if isinstance(adapter, LoRA) else adapter
 
 
-def _factors(adapter: LoRA, device: torch.device, dtype: torch.dtype) -> Factors:
-    """The factors with ``s`` in ``A``."""
-    lora_A, lora_B = (factor.to(device, dtype) for factor in (adapter.lora_A, adapter.lora_B))
-    return adapter.config.scale * lora_A, lora_B
-
-
-def _build(layer: AdaptedLayer, factors: Factors) -> Adapter:
-    lora_A, lora_B = factors
-    rank = lora_A.shape[0]
+def _build(layer: AdaptedLayer, combined: Sequence[Factors]) -> Adapter:
+    rank = combined[0][0].shape[0]
     dtype = torch.promote_types(weight_dtype(layer.base_layer), torch.float32)
     config = LoRAConfig(r=rank, alpha=rank)  # s = 1: all scaling is in the factors
     # On the meta device nothing is drawn, and the global random state stays as it is.
     adapter = config.build(layer.base_layer, device=torch.device("meta"), dtype=dtype).train(layer.training)
-    for key, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+    for key, factors in zip(("lora_A", "lora_B"), zip(*combined, strict=True), strict=True):
+        factor = torch.stack(factors) if isinstance(adapter, ExpertLoRA) else factors[0]
         values = factor.to(device=weight_device(layer.base_layer), dtype=dtype).contiguous()
         setattr(adapter, key, nn.Parameter(values, requires_grad=False))
     return adapter

@@ -79,7 +79,7 @@ def initialize_eva(
                 break
     _require_enough(found)
     for path, layer in hosts.items():
-        layer.adapters[name] = _started(layer, name, found[path].components[: ranks[path]])
+        layer.put(name, _started(layer, name, found[path].components[: ranks[path]]))
     return model
 
 

@@ -11,18 +11,18 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.errors import AdapterError, LoRAError, TargetError, listing
 from lightning_lora.model.active import activate
-from lightning_lora.model.attention import attention_around, place_of
-from lightning_lora.model.biases import hand_over_note, refuse_shared, train_bias_of
+from lightning_lora.model.biases import hand_over_note, refuse_shared, refuse_taken_apart, train_bias_of
 from lightning_lora.model.layers import adapted_layers, adapter_names, replace
 from lightning_lora.model.parameters import mark_trained
 from lightning_lora.model.progress import progress
+from lightning_lora.model.split import module_around, place_of, taken_apart
 from lightning_lora.model.targets import ALL_LINEAR, Plan, Targets, refuse_tied, resolve
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import Adapter, AdapterConfig
-from lightning_lora.nn.attention import SplitAttention
 from lightning_lora.nn.base import QuantizedLinear, hand_over_hooks, weight_device, weight_dtype
 from lightning_lora.nn.kinds import as_base
 from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.split import Split
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DEFAULT = LoRAConfig()
@@ -102,19 +102,21 @@ def apply(
         )
     refuse_tied(model, plan.layers)
     refuse_shared(model, plan.biases)
+    refuse_taken_apart(model, [place for place, path in places.items() if place != path])
     hosts, adapters = {}, {}
-    attentions: dict[nn.MultiheadAttention, SplitAttention] = {}
+    splits: dict[nn.Module, Split] = {}
+    configs: list[AdapterConfig] = []
     for path, config in progress(plan.layers.items(), "starting adapters"):
-        layer = _layer(model, path, attentions)
+        layer = _layer(model, path, splits)
         hosts[layer] = host = _host(path, layer)
-        adapters[host] = _build(host, config)
+        adapters[host] = _build(host, _one_of(configs, config))
         if start:
             _start(path, host, adapters[host], device)
     rows = next((layer.rows for layer in adapted_layers(model).values()), None)
     for host, adapter in adapters.items():
-        host.adapters[name] = adapter
+        host.put(name, adapter)
         host.rows = rows  # within disabled() or routed() a new layer computes what the others do
-    _split(model, attentions)
+    _split(model, splits)
     if not adapted_layers(model):  # a later adapter leaves trainable what an earlier one trains along
         model.requires_grad_(False)
     for layer, host in hosts.items():
@@ -141,24 +143,24 @@ def check_name(name: str) -> None:
         )
 
 
-def _layer(model: nn.Module, path: str, attentions: dict[nn.MultiheadAttention, SplitAttention]) -> nn.Module:
-    """The layer at a path; an attention that has to be split for it is noted, and split once."""
-    attention = attention_around(model, path)
-    if attention is None:
+def _layer(model: nn.Module, path: str, splits: dict[nn.Module, Split]) -> nn.Module:
+    """The layer at a path; a module that has to be taken apart for it is noted, and taken apart once."""
+    around = module_around(model, path)
+    if around is None:
         return model.get_submodule(path)
-    if attention not in attentions:
-        attentions[attention] = SplitAttention(attention)
-    return attentions[attention].get_submodule(path.rpartition(".")[2])
+    if around not in splits:
+        splits[around] = taken_apart(around)
+    return splits[around].get_submodule(path.rpartition(".")[2])
 
 
-def _split(model: nn.Module, attentions: dict[nn.MultiheadAttention, SplitAttention]) -> None:
-    """Put split attentions in place, freeing each packed weight before the next is copied."""
-    while attentions:
-        attention, split = attentions.popitem()
-        attention.requires_grad_(False)  # an optimizer may hold the packed weight, and is to let go of it
-        hand_over_hooks(attention, split)
-        replace(model, {attention: split})
-        del attention
+def _split(model: nn.Module, splits: dict[nn.Module, Split]) -> None:
+    """Put modules taken apart in place, freeing each packed weight before the next is copied."""
+    while splits:
+        module, split = splits.popitem()
+        module.requires_grad_(False)  # an optimizer may hold the packed weight, and is to let go of it
+        hand_over_hooks(module, split)
+        replace(model, {module: split})
+        del module
         split.own_memory()
 
 
@@ -186,3 +188,14 @@ def _start(path: str, host: AdaptedLayer, adapter: Adapter, device: torch.device
         adapter.start(lambda: host.base_weight().to(device or host.device))
     except ValueError as error:
         raise TargetError(f"{path}: {error}, or exclude={path!r}") from None
+
+
+def _one_of(configs: list[AdapterConfig], config: AdapterConfig) -> AdapterConfig:
+    """Return the config among ``configs`` that equals this one, which becomes one of them if none does.
+
+    torch.compile guards which layers share one object: adapters of equal configs then fit the same graph, wherever
+    their configs came from.
+    """
+    if config not in configs:
+        configs.append(config)
+    return configs[configs.index(config)]

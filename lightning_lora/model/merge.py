@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import MergeError, listing
-from lightning_lora.model.attention import Host, hosts
 from lightning_lora.model.biases import unmark_biases
 from lightning_lora.model.layers import adapter_names, replace, require_adapters
 from lightning_lora.model.parameters import unmark_trained
+from lightning_lora.model.split import Host, hosts
 from lightning_lora.nn.adapted import AdaptedLayer
-from lightning_lora.nn.attention import SplitAttention
 from lightning_lora.nn.base import dense_weight, share_hooks, weight_dtype, with_weight
+from lightning_lora.nn.split import Split
 
 
 @torch.no_grad()
@@ -49,15 +49,20 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
 @torch.no_grad()
 def merged(layer: Host, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Return the plain layer that computes what ``layer`` computes; ``layer`` itself is left as it is."""
-    plain = _merged_attention(layer, dtype) if isinstance(layer, SplitAttention) else _merged_layer(layer, dtype)
+    plain = _merged_parts(layer, dtype) if isinstance(layer, Split) else _merged_layer(layer, dtype)
     share_hooks(layer, plain)
     return plain
 
 
-def _merged_attention(attention: SplitAttention, dtype: torch.dtype | None) -> nn.Module:
-    layers = dict(attention.named_children())
+def _merged_parts(split: Split, dtype: torch.dtype | None) -> nn.Module:
+    layers = split.parts()
     layers |= {name: _merged_layer(x, dtype) for name, x in layers.items() if isinstance(x, AdaptedLayer)}
-    return attention.joined(layers, dtype=dtype)
+    plain, held = split.joined(layers, dtype=dtype), set(split.parameters())
+    for module in plain.modules():  # what both held would follow the one that is moved, as the adapted one may be
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in held:
+                module.register_parameter(name, nn.Parameter(parameter.detach(), parameter.requires_grad))
+    return plain
 
 
 def _merged_layer(layer: AdaptedLayer, dtype: torch.dtype | None) -> nn.Module:

@@ -6,15 +6,17 @@ same time need a copy each.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterError
+from lightning_lora.errors import AdapterError, listing
 from lightning_lora.model.layers import adapted_layers, require_adapters
+from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.experts import ExpertsKind
 from lightning_lora.nn.rows import Rows
 
 
@@ -38,12 +40,13 @@ def routed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]
         names: One for each row. Where rows are repeated (beam search), repeat the names.
 
     Raises:
-        AdapterError: If there is no adapter of one of the names, and, when the model is called, if no argument is a
-            batch of that many rows.
+        AdapterError: If there is no adapter of one of the names, or it is on stacked weights of experts, and, when the
+            model is called, if no argument is a batch of that many rows.
         TypeError: If ``names`` is not a sequence of names.
     """
     names = _as_names(names)
     layers = require_adapters(model, *(name for name in names if name is not None))
+    _refuse_experts(layers, names)
     rows = Rows(names, {layer: path for path, layer in layers.items()})
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, it would be the check of its first batch
@@ -70,6 +73,17 @@ def computing(model: nn.Module, rows: Rows) -> Iterator[None]:
         outer = next(iter(before.values()))
         for layer in {**before, **dict.fromkeys(adapted_layers(model).values())}:
             layer.rows = before.get(layer, outer)  # a layer adapted meanwhile computes what the others do
+
+
+def _refuse_experts(layers: Mapping[str, AdaptedLayer], names: Iterable[str | None]) -> None:
+    stacks = [path for path, layer in layers.items() if isinstance(layer.kind, ExpertsKind)]
+    over = {name: [path for path in stacks if name in layers[path].adapters] for name in names if name is not None}
+    found = [f"{name!r} on {listing(paths)}" for name, paths in over.items() if paths]
+    if found:
+        raise AdapterError(
+            f"adapter {listing(found)} cannot be routed: weights of experts are read for the whole batch, not called "
+            "row by row. Activate one adapter at a time, or merge(copy.deepcopy(model))"
+        )
 
 
 def _as_names(names: Sequence[str | None]) -> tuple[str | None, ...]:

@@ -1,8 +1,10 @@
 """From the user's words to a plan: which layers get which adapter. Pure; the model is read, never changed.
 
 A pattern is a dotted suffix (``q_proj``, ``attn.q_proj``), a whole name, or either with shell wildcards
-(``layers.*.q_proj``); ``*`` crosses dots, and ``[8-15]`` is a number from 8 to 15 (``layers.[8-15].*.q_proj``). Every
-pattern has to match something: a misspelt target that is silently skipped is a fine-tune of half the model.
+(``layers.*.q_proj``); ``*`` crosses dots, and ``[8-15]`` is a number from 8 to 15 (``layers.[8-15].*.q_proj``). The
+projections of an ``nn.MultiheadAttention`` are layers of their own here: ``self_attn.q_proj``, ``k_proj``, ``v_proj``,
+``out_proj``. Every pattern has to match something: a misspelt target that is silently skipped is a fine-tune of half
+the model.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
@@ -18,13 +20,14 @@ from typing import Protocol, runtime_checkable
 from torch import nn
 
 from lightning_lora.errors import TargetError, listing
-from lightning_lora.model.attention import layer_at, named_layers, place_of
 from lightning_lora.model.biases import choose_biases
 from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.split import layer_at, module_around, named_layers, place_of
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
-from lightning_lora.nn.attention import SplitAttention
+from lightning_lora.nn.experts import StackedWeight
 from lightning_lora.nn.kinds import has_kind, is_linear, kind_of, why_not_adaptable
+from lightning_lora.nn.split import Split
 
 ALL_LINEAR = "all-linear"
 
@@ -115,7 +118,7 @@ def resolve(
     linear = {name: reason for name, reason in candidates.items() if _is_linear(layer_at(model, name))}
     if not candidates or (not linear and ALL_LINEAR in wanted):
         raise TargetError(f"{type(model).__name__} has no linear layer to adapt; {_inventory(model)}")
-    trained = _trained_modules(model, train)
+    trained = resolve_train(model, train)
     excluded = {
         name for pattern in exclude for name in _matching(model, candidates, pattern, "exclude", lambda _: None)
     }
@@ -124,6 +127,7 @@ def resolve(
     for pattern, its_config in wanted.items():
         if pattern == ALL_LINEAR:
             left |= _passed_over(model, linear, trained)
+            left |= dict.fromkeys(_stacks(model, candidates), "a stack of experts; name it to adapt it")
             found = [name for name in linear if name not in left]
         else:
             found = _matching(model, candidates, pattern, "target", candidates.get)
@@ -195,6 +199,10 @@ def _matching(
         return good
     if found:
         raise TargetError(f"{what} {pattern!r} matches {listing(found)}, which cannot be adapted: {reason(found[0])}")
+    second = {alias: name for alias, name in _second_names(model, candidates) if matches(alias, pattern)}
+    if second:
+        alias, name = next(iter(second.items()))
+        raise TargetError(f"{what} {pattern!r} matches {alias}, a second name of {name}. Pass {name!r} for both places")
     others = [
         f"{name} ({type(module).__name__})" for name, module in model.named_modules() if name and matches(name, pattern)
     ]
@@ -211,7 +219,21 @@ def _matching(
     )
 
 
-def _trained_modules(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
+def _second_names(model: nn.Module, candidates: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Further names of layers inside of modules that stand in several places, with the name they go by."""
+    first = {module: name for name, module in model.named_modules()}
+    for alias, module in model.named_modules(remove_duplicate=False):
+        name = first[module]
+        inside = [layer for layer in candidates if f"{layer}.".startswith(f"{name}.")] if alias != name else []
+        yield from ((alias + layer[len(name) :], layer) for layer in inside)
+
+
+def resolve_train(model: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the modules that patterns match, the outermost where one is inside another.
+
+    Raises:
+        TargetError: If a pattern matches no module, or one without parameters.
+    """
     names = [name for name, _ in model.named_modules() if name]
     trained: dict[str, None] = {}
     for pattern in patterns:
@@ -241,6 +263,10 @@ def _passed_over(model: nn.Module, candidates: Mapping[str, str | None], trained
     return left
 
 
+def _stacks(model: nn.Module, candidates: Iterable[str]) -> list[str]:
+    return [name for name in candidates if isinstance(layer_at(model, name), StackedWeight)]
+
+
 def _output_heads(model: nn.Module, linear: list[str]) -> list[str]:
     """What the model itself calls its output head, else the last linear layer.
 
@@ -257,7 +283,7 @@ def _output_heads(model: nn.Module, linear: list[str]) -> list[str]:
 
 def _is_projection(model: nn.Module, name: str) -> bool:
     around = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(around, SplitAttention) or place_of(model, name) != name
+    return isinstance(around, Split) or place_of(model, name) != name
 
 
 def _refuse_overlap(pattern: str, found: list[str], trained: tuple[str, ...]) -> None:
@@ -270,33 +296,54 @@ def _refuse_overlap(pattern: str, found: list[str], trained: tuple[str, ...]) ->
 
 
 def _check_shapes(model: nn.Module, layers: Mapping[str, AdapterConfig]) -> None:
-    for name, config in layers.items():
-        layer = layer_at(model, name)
-        try:
-            config.check(layer.kind if isinstance(layer, AdaptedLayer) else kind_of(layer))
-        except ValueError as error:
-            raise TargetError(f"{name}: {error}, or exclude={name!r}") from None
+    refused = {name: reason for name, config in layers.items() if (reason := _why_not(layer_at(model, name), config))}
+    if refused:
+        name, reason = next(iter(refused.items()))
+        ending = name.rpartition(".")[2]
+        like = [other for other in layers if matches(other, ending)]
+        alike = len(like) > 1 and all(other in refused for other in like)
+        more = f" ({len(refused)} layers in all)" if len(refused) > 1 else ""
+        raise TargetError(f"{name}: {reason}, or exclude={(ending if alike else name)!r}{more}")
+
+
+def _why_not(layer: nn.Module, config: AdapterConfig) -> str | None:
+    try:
+        kind = layer.kind if isinstance(layer, AdaptedLayer) else kind_of(layer)
+        kind.check(config)
+        config.check(kind)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def refuse_tied(model: nn.Module, layers: Iterable[str]) -> None:
     """Refuse to adapt one of two layers that share a weight: quantizing or merging it would untie them.
 
+    One module that stands in several places is one layer, and replaced in all of them.
+
     Raises:
         TargetError: Naming both.
     """
     places = {place_of(model, name): name for name in layers}
-    owners: dict[int, list[tuple[str, str]]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((f"{name}.{key}", name))
+    owners: dict[int, dict[tuple[nn.Module, str], str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            replaced = (module_around(model, name) or module, key)
+            owners.setdefault(id(parameter), {}).setdefault(replaced, f"{name}.{key}")
     for shared in owners.values():
-        around = [place for _, name in shared for place in (name, name.rpartition(".")[0])]
+        around = [place for name in shared.values() for place in _places_around(name)]
         mine = [places[place] for place in around if place in places]
         if len(shared) > 1 and mine:
-            names = listing([name for name, _ in shared])
+            names = listing(shared.values())
             raise TargetError(
                 f"{mine[0]} shares its weight with another layer ({names}): exclude={mine[0]!r}, or untie it first"
             )
+
+
+def _places_around(parameter: str) -> tuple[str, str]:
+    """What may be replaced together with a parameter: the module that holds it, or the one around that."""
+    holder = parameter.rpartition(".")[0]
+    return holder, holder.rpartition(".")[0]
 
 
 def _inventory(model: nn.Module) -> str:

@@ -29,7 +29,6 @@ class AdaptedLayer(nn.Module):
             adapted layer too.
         kind: How the base layer applies its weight.
         adapters: Adapters by name.
-        active: Names of the adapters that compute, in order; empty means the plain base layer.
         base_lacks: Name of the adapter whose start was taken off the base weight before it was quantized, or None.
             Where that adapter is not active its start is put back, so that the others stand on the whole weight.
         rows: What computes instead for the time being, row by row of the batch; None means the active adapters.
@@ -40,7 +39,8 @@ class AdaptedLayer(nn.Module):
         self.base_layer = base_layer
         self.kind = kind_of(base_layer)
         self.adapters = nn.ModuleDict()
-        self.active: tuple[str, ...] = ()
+        self._active: tuple[str, ...] = ()
+        self._in_order: tuple[nn.Module, ...] = ()
         self.base_lacks: str | None = None
         self.rows: Rows | None = None
         self.train(base_layer.training)
@@ -51,11 +51,26 @@ class AdaptedLayer(nn.Module):
             routed: Tensor = self.rows.forward(self, x)
             return routed
         y: Tensor = self.base_layer(x)
-        if self.base_lacks is not None and self.base_lacks not in self._computing:
+        if self.base_lacks is not None and self.base_lacks not in self.computing:
             y = self.adapter(self.base_lacks).put_back(y, x)
-        for name in self._computing:
-            y = self.adapters[name](x, y, self.base_layer)
+        for adapter in self._computing_adapters():
+            y = adapter(x, y, self.base_layer)
         return y
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the adapters that compute, in order; empty means the plain base layer."""
+        return self._active
+
+    @active.setter
+    def active(self, names: tuple[str, ...]) -> None:
+        self._active = names
+        self._in_order = tuple(self.adapters[name] for name in names)
+
+    def put(self, name: str, adapter: Adapter) -> None:
+        """Hold ``adapter`` under ``name``, in the place of one that is held so already."""
+        self.adapters[name] = adapter
+        self.active = self.active
 
     def adapter(self, name: str) -> Adapter:
         """Return the adapter called ``name``."""
@@ -80,8 +95,8 @@ class AdaptedLayer(nn.Module):
             raise AdapterError(
                 "rows are routed to different adapters, which no one weight computes; leave routed() first"
             )
-        weight = self._stored_weight() if self.base_lacks in self._computing else self.base_weight()
-        for name in self._computing:
+        weight = self._stored_weight() if self.base_lacks in self.computing else self.base_weight()
+        for name in self.computing:
             weight = self.adapter(name).merged(weight)
         return weight
 
@@ -108,8 +123,19 @@ class AdaptedLayer(nn.Module):
         return weight_device(self.base_layer)
 
     @property
-    def _computing(self) -> tuple[str, ...]:
+    def computing(self) -> tuple[str, ...]:
+        """The adapters that compute now, for all rows: the active ones, and none within ``disabled`` or ``routed``."""
         return self.active if self.rows is None else ()
+
+    def _computing_adapters(self) -> tuple[nn.Module, ...]:
+        """The adapters of :attr:`computing`. While a graph is compiled no name is read: it would hold for that name.
+
+        So one graph serves all adapters of one config, and all equal layers, whatever is active in them. Outside of
+        graphs they are looked up, because code that wraps or replaces modules finds them by name.
+        """
+        if torch.compiler.is_compiling():
+            return self._in_order if self.rows is None else ()
+        return tuple(self.adapters[name] for name in self.computing)
 
     def _shape(self) -> tuple[int, ...]:
         quantized = isinstance(self.base_layer, QuantizedLinear)

@@ -22,7 +22,8 @@ class Adapter(nn.Module, ABC):
     Parameters are bare ``nn.Parameter``s rather than ``nn.Linear`` modules, so that nothing which searches a model for
     linear layers (quantizers, sharding policies, another injection) finds the adapter itself.
 
-    Three methods every adapter has. The others are for adapters that start from the base weight; the base itself is
+    Three methods every adapter has, and one of low rank has a fourth, :meth:`update_factors`. The others are for
+    adapters that start from the base weight; the base itself is
     never rewritten, but one that is going to be quantized may be quantized without what the adapter starts with.
     """
 
@@ -65,6 +66,15 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw the starting values, also after the parameters were materialized from the meta device."""
+
+    def update_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return what it adds to the original base weight as factors, or None where that is no product of two.
+
+        Returns:
+            ``A`` of shape ``(R, I)`` and ``B`` of shape ``(O, R)``: as a matrix, the merged weight is ``W + B A``. All
+            scaling is in them.
+        """
+        return None
 
     def start(self, weight: Callable[[], Tensor]) -> None:
         """Compute what of the starting values depends on the base weight; called once, before the adapter is used.

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from lightning_lora.nn.base import QuantizedLinear, dense_weight, layer_bias, weight_dtype
+from lightning_lora.nn.split import Split
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The linear layers of an attention, named as torch names their weights."""
@@ -25,7 +26,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _PARAMETERS = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v"}
 
 
-class SplitAttention(nn.Module):
+class SplitAttention(Split):
     """``softmax(q k^T / sqrt(D) + mask) v``, projected, with ``q``, ``k``, ``v`` from linear layers that are called.
 
     Shapes: ``N`` batch, ``L`` queries, ``S`` keys, ``H`` heads of ``D`` features, ``E = H D``. Everything that can be
@@ -69,6 +70,10 @@ class SplitAttention(nn.Module):
         self.register_parameter("bias_k", held.get("bias_k"))
         self.register_parameter("bias_v", held.get("bias_v"))
         self.train(source.training)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The four projections."""
+        return {name: self.get_submodule(name) for name in PROJECTIONS}
 
     def own_memory(self) -> None:
         """Copy what views a packed tensor, so that the memory of each projection can be freed by itself."""
@@ -141,7 +146,7 @@ class SplitAttention(nn.Module):
             layers: A plain or quantized layer for each of the projections; None takes those that are here.
             dtype: What to store the weights in; None keeps what they are in.
         """
-        layers = dict(self.named_children()) if layers is None else layers
+        layers = self.parts() if layers is None else layers
         plain = _copied(self._shell[0])
         q, k, v, out = (dense_weight(layers[name], dtype or weight_dtype(layers[name])) for name in PROJECTIONS)
         if self._qkv_same_embed_dim:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.nn.fingerprint import Fingerprint, is_held, sample, sha256
+from lightning_lora.nn.kind import Kind
+from lightning_lora.nn.linear import LinearKind
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,15 @@ class QuantizedLinear(nn.Module, ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Where the packed weight is."""
+
+    @property
+    def kind(self) -> Kind:
+        """How the weight is applied."""
+        return LinearKind(self.in_features, self.out_features)
+
+    def dense(self) -> nn.Module:
+        """Return a layer for a weight that is not quantized, on the meta device and without bias."""
+        return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -150,7 +161,7 @@ def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
     """
     plain: nn.Module
     if isinstance(layer, QuantizedLinear):
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain = layer.dense()
     else:
         plain = copy.copy(layer)
         plain._parameters = dict(layer._parameters)  # a shallow copy shares the dict; this one gets its own weight

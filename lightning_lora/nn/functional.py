@@ -34,7 +34,7 @@ def add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
 
 def delta(lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return the weight update ``s B A`` of shape ``(O, I)``, computed in ``dtype``."""
-    return scaling * (lora_B.to(dtype) @ lora_A.to(dtype))
+    return (lora_B.to(dtype) @ lora_A.to(dtype)).mul_(scaling)
 
 
 _PIECE = 2**20  # elements of W + s B A that exist at once

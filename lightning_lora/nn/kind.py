@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,6 +30,9 @@ class Kind(ABC):
 
     in_features: int
     out_features: int
+
+    def check(self, config: Any) -> None:  # noqa: B027 (most take any method)
+        """Raise ``ValueError`` if layers of this kind cannot be adapted by what an ``AdapterConfig`` says."""
 
     @abstractmethod
     def add_low_rank(self, y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from lightning_lora.nn.base import QuantizedLinear, adopter_of, class_paths, layer_bias
 from lightning_lora.nn.conv import CONVOLUTIONS, ConvKind
 from lightning_lora.nn.embedding import EmbeddingKind
+from lightning_lora.nn.experts import StackedWeight
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.linear import LinearKind
 
@@ -24,8 +25,10 @@ def kind_of(layer: nn.Module) -> Kind:
     Raises:
         TypeError: If it is of no kind known here.
     """
-    if isinstance(layer, nn.Linear | QuantizedLinear):
+    if isinstance(layer, nn.Linear):
         return LinearKind(layer.in_features, layer.out_features)
+    if isinstance(layer, QuantizedLinear | StackedWeight):
+        return layer.kind
     if isinstance(layer, nn.Embedding):
         return EmbeddingKind(layer.num_embeddings, layer.embedding_dim, padding_idx=layer.padding_idx)
     if isinstance(layer, CONVOLUTIONS):
@@ -37,14 +40,16 @@ def kind_of(layer: nn.Module) -> Kind:
 
 
 def has_kind(layer: nn.Module) -> bool:
-    """Whether ``layer`` is linear, an embedding or a convolution, adaptable or not."""
-    known = isinstance(layer, (nn.Linear, QuantizedLinear, nn.Embedding, *CONVOLUTIONS))
+    """Whether ``layer`` is linear, an embedding, a convolution or a stack of experts, adaptable or not."""
+    known = isinstance(layer, (nn.Linear, QuantizedLinear, nn.Embedding, StackedWeight, *CONVOLUTIONS))
     return known or adopter_of(layer) is not None or _HF_CONV1D in class_paths(layer)
 
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether ``layer`` is a linear layer: what ``"all-linear"`` means."""
-    return has_kind(layer) and not isinstance(layer, (nn.Embedding, *CONVOLUTIONS))
+    if isinstance(layer, QuantizedLinear):
+        return layer.kind.name == "linear"
+    return has_kind(layer) and not isinstance(layer, (nn.Embedding, StackedWeight, *CONVOLUTIONS))
 
 
 def as_base(layer: nn.Module) -> nn.Module:

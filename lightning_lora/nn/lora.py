@@ -13,6 +13,8 @@ from lightning_lora.errors import AdapterError
 from lightning_lora.nn import loftq
 from lightning_lora.nn.adapter import Adapter
 from lightning_lora.nn.decompose import Pair, decomposition, without
+from lightning_lora.nn.expert_lora import ExpertLoRA
+from lightning_lora.nn.experts import ExpertsKind
 from lightning_lora.nn.functional import delta
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.kinds import kind_of
@@ -59,9 +61,12 @@ class LoRAConfig(LowRankConfig):
                 f"init={self.init!r}; give it a config without, as in targets={{..., 'embed': LoRAConfig(r={self.r})}}"
             )
 
-    def build(self, base_layer: nn.Module, *, device: torch.device, dtype: torch.dtype) -> LoRA:
-        """Make a fresh :class:`LoRA` for ``base_layer``."""
-        return LoRA(self, kind_of(base_layer), device=device, dtype=dtype)
+    def build(self, base_layer: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Adapter:
+        """Make a fresh :class:`LoRA` for ``base_layer``, or one for each expert of a stack."""
+        kind = kind_of(base_layer)
+        if isinstance(kind, ExpertsKind):
+            return ExpertLoRA(self, kind, device=device, dtype=dtype)
+        return LoRA(self, kind, device=device, dtype=dtype)
 
 
 class LoRA(Adapter):
@@ -119,7 +124,13 @@ class LoRA(Adapter):
         """Return ``W + s B A``, or ``W + s (B A - B0 A0)``, in ``weight``'s dtype."""
         self._require_start()
         lora_A, lora_B = self._factors(whole=self.taken_A is not None)
-        return weight + self.kind.from_matrix(delta(lora_A, lora_B, self.config.scale, weight.dtype))
+        # Added in place: a merge of a large layer holds the weight and the update, and no third of their size.
+        return self.kind.from_matrix(delta(lora_A, lora_B, self.config.scale, weight.dtype)).add_(weight)
+
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``A`` and ``s B``, or those of the change ``s (B A - B0 A0)`` where there is a start."""
+        lora_A, lora_B = self._factors(whole=False)
+        return lora_A, self.config.scale * lora_B
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

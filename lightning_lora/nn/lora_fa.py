@@ -73,6 +73,10 @@ class LoRAFA(Adapter):
         """Return ``W + s B A`` in ``weight``'s dtype."""
         return weight + self.kind.from_matrix(delta(self.lora_A, self.lora_B, self.config.scale, weight.dtype))
 
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``A`` and ``s B``."""
+        return self.lora_A, self.config.scale * self.lora_B
+
     def requires_grad_(self, requires_grad: bool = True) -> LoRAFA:
         """Freeze or unfreeze ``B``; ``A`` stays frozen."""
         self.lora_B.requires_grad_(requires_grad)

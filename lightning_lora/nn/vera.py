@@ -119,6 +119,10 @@ class VeRA(Adapter):
         A, B, d, b = (t.to(weight.dtype) for t in (self.vera_A, self.vera_B, self.vera_lambda_d, self.vera_lambda_b))
         return weight + self.kind.from_matrix((b.unsqueeze(1) * B) @ (d.unsqueeze(1) * A))
 
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``d ⊙ A`` and ``b ⊙ B``."""
+        return self.vera_lambda_d.unsqueeze(1) * self.vera_A, self.vera_lambda_b.unsqueeze(1) * self.vera_B
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set ``d`` to its constant and zero ``b``."""

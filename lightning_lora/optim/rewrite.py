@@ -101,7 +101,8 @@ def _check_coverage(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]} & trainable.keys()
         if not mine:
             raise OptimizerError(
-                f"optimizer {index} ({type(optimizer).__name__}) holds no adapter, so its steps would change nothing. "
+                f"optimizer {index} ({type(optimizer).__name__}) holds no adapter and nothing else that is trained, so "
+                "its steps would change nothing. "
                 "Build it from self.parameters() in configure_optimizers (frozen parameters are taken out for you)"
             )
         held |= mine

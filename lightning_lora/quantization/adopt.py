@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from lightning_lora.errors import QuantizationError
+from lightning_lora.kernels.packed import NESTED_BLOCK
 from lightning_lora.nn.base import register_adopter
 from lightning_lora.quantization.config import NF4Config
-from lightning_lora.quantization.nf4 import NESTED_BLOCK, NF4Linear
+from lightning_lora.quantization.nf4 import NF4Linear
 
 
 def adopt_linear4bit(layer: Any) -> NF4Linear:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_lora.kernels.packed import DTYPES
+
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +39,8 @@ class NF4Config:
             raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {self.block_size!r}")
         if not isinstance(self.double_quant, bool):
             raise ValueError(f"double_quant must be True or False, got {self.double_quant!r}")
-        if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
-            choices = ", ".join(map(str, COMPUTE_DTYPES))
+        if self.compute_dtype is not None and self.compute_dtype not in DTYPES:
+            choices = ", ".join(map(str, DTYPES))
             raise ValueError(f"compute_dtype must be None or one of {choices}, got {self.compute_dtype!r}")
 
     @property

@@ -7,7 +7,6 @@ weight. Here packed codes and constants are ordinary buffers and nothing ever re
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora import dependencies
+from lightning_lora.kernels import few_tokens
+from lightning_lora.kernels.nf4 import dequantize_nf4
+from lightning_lora.kernels.packed import DTYPES, NESTED_BLOCK, Packed
 from lightning_lora.nn.base import QuantizedLinear
-from lightning_lora.quantization.config import COMPUTE_DTYPES, NF4Config
-
-NESTED_BLOCK = 256
-"""How many block maxima share a constant under double quantization (QLoRA, section 3)."""
-
+from lightning_lora.quantization.config import NF4Config
 
 _CPU_PIECE = 2**18  # weights packed at once on the CPU; a multiple of every block size
 
@@ -126,36 +124,24 @@ class NF4Linear(QuantizedLinear):
         compute = self.config.compute_dtype or dtype
         bias = None if self.bias is None else self.bias.to(compute)
         with torch.autocast(x.device.type, enabled=False):  # it would override compute_dtype
+            if few_tokens.are_few(x):
+                return few_tokens.gemm_4bit(x.to(compute), self.packed, self._shape, bias).to(dtype)
             y: Tensor = _DequantizedLinear.apply(x.to(compute), bias, self)  # type: ignore[no-untyped-call]
         return y.to(dtype)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight of shape ``(O, I)`` that :meth:`forward` multiplies with when it computes in ``dtype``."""
-        bnb = dependencies.bitsandbytes("NF4")
-        nested = None
-        absmax = self.absmax
-        if self.config.double_quant:
-            nested = bnb.functional.QuantState(
-                absmax=self.nested_absmax.view(torch.float32),
-                code=_nested_code(absmax.device),
-                blocksize=NESTED_BLOCK,
-                dtype=torch.float32,
-            )
-        else:
-            absmax = absmax.view(torch.float32)
-        kernel_dtype = dtype if dtype in COMPUTE_DTYPES else torch.float32
-        state = bnb.functional.QuantState(
-            absmax=absmax,
-            shape=torch.Size((self.out_features, self.in_features)),
-            dtype=kernel_dtype,
-            blocksize=self.config.block_size,
-            quant_type="nf4",
-            offset=self.offset.view(torch.float32)[0] if nested is not None else None,
-            state2=nested,
-        )
-        weight: Tensor = bnb.functional.dequantize_4bit(self.codes, state)
-        # bitsandbytes takes a single byte of codes for a transposed weight and returns that of a 1 x 2 layer as 2 x 1.
-        return weight.reshape(self.out_features, self.in_features).to(dtype)
+        kernel_dtype = dtype if dtype in DTYPES else torch.float32
+        return dequantize_nf4(self.packed, self._shape, kernel_dtype).to(dtype)
+
+    @property
+    def packed(self) -> Packed:
+        """Codes and constants as the kernels take them."""
+        return Packed(self.codes, self.absmax, self.nested_absmax, self.offset, self.config.block_size)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     @property
     def storage(self) -> str:
@@ -205,16 +191,8 @@ def _pack(functional: Any, flat: Tensor, block_size: int) -> tuple[Tensor, Tenso
     absmax = torch.empty(-(-count // block_size), dtype=torch.float32, device=flat.device)
     for start in range(0, count, piece):
         part = flat[start : start + piece]
-        floats = part if part.dtype in COMPUTE_DTYPES else part.float()
+        floats = part if part.dtype in DTYPES else part.float()
         packed, state = functional.quantize_4bit(floats, blocksize=block_size, quant_type="nf4")
         codes[start // 2 : start // 2 + packed.numel()] = packed.reshape(-1)
         absmax[start // block_size : start // block_size + state.absmax.numel()] = state.absmax
     return codes, absmax
-
-
-@lru_cache(maxsize=16)
-def _nested_code(device: torch.device) -> Tensor:
-    """The 256 levels of the 8-bit maxima: the same for every layer, so none of them stores it."""
-    with torch.inference_mode(False):  # kept for all later calls, also those that record gradients
-        code: Tensor = dependencies.bitsandbytes("NF4").functional.create_dynamic_map().to(device)
-    return code

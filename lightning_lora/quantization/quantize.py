@@ -15,9 +15,11 @@ from lightning_lora.model.progress import progress
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
+from lightning_lora.nn.experts import StackedWeight
 from lightning_lora.nn.fingerprint import fingerprints
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.nf4 import NF4Linear
+from lightning_lora.quantization.nf4_stack import NF4Stack
 
 _DEFAULT = NF4Config()
 
@@ -58,14 +60,13 @@ def quantize(
         raise ValueError(f"hold must be 'buffers' or 'parameters', got {hold!r}")
     layers = require_adapters(model)
     kept = check_quantizable(layers, device)
-    dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear)}
+    dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear | StackedWeight)}
     chosen = {name: layer for name, layer in dense.items() if name not in kept}
     _check_weights(chosen)
     _refuse_waiting({name: layer for name, layer in layers.items() if name not in chosen}, kept)
     origins = fingerprints({name: stored_weight(layer.base_layer) for name, layer in chosen.items()})
     for name, layer in progress(chosen.items(), "quantizing"):
         base = layer.base_layer
-        assert isinstance(base, nn.Linear)
         layer.base_layer = quantized = _quantized(layer, base if device is None else base.to(device), config)
         if name in origins:  # the dense weight is gone from here on, and files tell by it which base they belong to
             quantized.remember(origins[name])
@@ -95,14 +96,14 @@ def check_quantizable(layers: Mapping[str, nn.Module], device: torch.device | st
         base = layer.base_layer if isinstance(layer, AdaptedLayer) else layer
         if isinstance(base, QuantizedLinear) or adopter_of(base) is not None:
             continue
-        if not isinstance(base, nn.Linear):
+        if not isinstance(base, nn.Linear | StackedWeight):
             kept[name] = f"NF4 holds linear layers, and this is a {type(base).__name__}"
             continue
         where = torch.device(device) if device is not None else base.weight.device
         if where.type not in ("cpu", "cuda"):
             kept[name] = f"no NF4 kernel for {where.type}"
-        elif where.type == "cpu" and base.in_features % 2:
-            kept[name] = f"in_features={base.in_features} is odd, which the CPU kernel cannot pack"
+        elif where.type == "cpu" and base.weight.shape[-1] % 2:
+            kept[name] = f"in_features={base.weight.shape[-1]} is odd, which the CPU kernel cannot pack"
     if layers and len(kept) == len(layers):
         reasons = listing(f"{name}: {reason}" for name, reason in kept.items())
         raise QuantizationError(
@@ -140,8 +141,11 @@ def _refuse_waiting(layers: Mapping[str, AdaptedLayer], kept: Mapping[str, str])
     refuse_unfitted(waiting, {name: kept.get(name, "it is quantized already") for name in waiting})
 
 
-def _quantized(layer: AdaptedLayer, base: nn.Linear, config: NF4Config) -> NF4Linear:
+def _quantized(layer: AdaptedLayer, base: nn.Module, config: NF4Config) -> NF4Linear:
     """Quantize a base, without the start of the first active adapter that takes one off."""
+    if isinstance(base, StackedWeight):  # adapters on experts take nothing off
+        return NF4Stack.from_stack(base, config)
+    assert isinstance(base, nn.Linear)
 
     def rounded(weight: Tensor) -> Tensor:
         return NF4Linear.from_linear(base, config, weight=weight).dequantize(torch.float32)

@@ -26,6 +26,7 @@ SCRIPTS = (
     "injection.py",
     "quantization_memory.py",
     "callback_overhead.py",
+    "monitor_overhead.py",
     "routing.py",
 )
 INTRODUCTION = """# Benchmarks on a CPU
@@ -37,7 +38,12 @@ root of the repository. Figures of time are comparable within a row, not between
 def main() -> None:
     """Run, print and write."""
     arguments = parse()
-    documents = {script: run(script, arguments.threads) for script in SCRIPTS}
+    chosen = arguments.only or SCRIPTS
+    kept = json.loads((arguments.out / "cpu.json").read_text()) if arguments.only else {}
+    missing = [script for script in SCRIPTS if script not in chosen and script not in kept]
+    if missing:
+        raise SystemExit(f"{', '.join(missing)} has no figures yet; run it too")
+    documents = {script: run(script, arguments.threads) if script in chosen else kept[script] for script in SCRIPTS}
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "cpu.md").write_text(markdown(list(documents.values())))
     (arguments.out / "cpu.json").write_text(json.dumps(documents, indent=2) + "\n")
@@ -54,6 +60,13 @@ def parse() -> argparse.Namespace:
         default=1,
         help="OMP_NUM_THREADS of every benchmark (default 1: with more, whatever else runs on the machine makes "
         "threads wait for each other, and small operations look far dearer than they are)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=SCRIPTS,
+        metavar="SCRIPT",
+        help=f"run these and keep the other figures as they are ({', '.join(SCRIPTS)})",
     )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="FOLDER", help="where to write the two files"
@@ -74,8 +87,15 @@ def run(script: str, threads: int) -> dict[str, Any]:
 
 
 def markdown(documents: list[dict[str, Any]]) -> str:
-    """The page: where it ran, then each table under its command."""
-    environment = documents[0]["environment"]
+    """The page: where it ran, then each table under its command.
+
+    Raises:
+        SystemExit: If figures that were kept come from another machine or other versions.
+    """
+    environments = [document["environment"] for document in documents]
+    if any(each | {"date": ""} != environments[0] | {"date": ""} for each in environments):
+        raise SystemExit("some of the figures were measured elsewhere; run all of them again, without --only")
+    environment = max(environments, key=lambda each: str(each["date"]))
     where = "\n".join(f"- {name}: {value}" for name, value in environment.items())
     reports = [Report.from_json({k: v for k, v in document.items() if k != "environment"}) for document in documents]
     return "\n\n".join([INTRODUCTION, where, *(report.markdown().rstrip() for report in reports)]) + "\n"

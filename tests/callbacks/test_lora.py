@@ -331,7 +331,7 @@ def test_output_dir_gets_the_adapter_and_the_merged_weights(module, trainer, tmp
         assert torch.allclose(loaded(TOKENS), expected, atol=1e-5)
     from safetensors.torch import load_file
 
-    untouched.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
+    untouched.load_state_dict(load_file(tmp_path / "out" / "merged" / "model.safetensors"), strict=True)
     with torch.no_grad():
         assert torch.equal(untouched.eval()(TOKENS), expected)
 
@@ -495,14 +495,15 @@ def test_a_trainer_of_the_other_package_is_refused_with_what_to_import(tmp_path)
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"method": "ia3"}, "method must be one of lora, dora, lora_fa, vera, got 'ia3'"),
+        ({"method": "ia3"}, "method must be one of lora, dora, lora_fa, vera, freeze, full, got 'ia3'"),
         (
             {"method": "vera", "alpha": 16.0},
             "method='vera' does not have alpha=16.0; it has r, dropout, d_initial, seed",
         ),
         ({"method": "dora", "adapter": "x"}, "adapter='x' brings its own method"),
         ({"lr_ratio": 0}, "lr_ratio must be finite and above 0"),
-        ({"quantization": "nf3"}, "quantization must be one of nf4, got 'nf3'"),
+        ({"method": "full", "lr_ratio": 16}, "method='full' has no factors A and B"),
+        ({"quantization": "nf3"}, "quantization must be one of auto, nf4, got 'nf3'"),
         ({"optimizer": "adamw"}, "optimizer must be one of paged_adamw_8bit, got 'adamw'"),
         ({"targets": {"q_proj": {"rank": 4}}}, r"targets\['q_proj'\] has rank; fields are r, alpha"),
     ],

@@ -235,7 +235,7 @@ MISSPELT = [
         "absent.Model: No module named 'absent'. Modules are looked for",
     ),
     (["--lora.r", "many"], {}, "lora.r: Expected a int. Got value: many"),
-    ([], {"lora": {"quantization": "nf5"}}, "lora: quantization must be one of nf4, got 'nf5'"),
+    ([], {"lora": {"quantization": "nf5"}}, "lora: quantization must be one of auto, nf4, got 'nf5'"),
     ([], {"lora": {"quantization": {"block_size": 65}}}, "lora: block_size must be one of 32, 64, 128,"),
     ([], {"lora": {"r": 0}}, "lora: r must be at least 1, got 0. Typical ranks: 8, 16, 64"),
     ([], {"lora": {"targets": {"*.q_proj": {"rk": 8}}}}, "lora: targets['*.q_proj'] has rk; fields are r, alpha"),
@@ -371,4 +371,16 @@ def test_the_qlora_recipe_learns_a_text_of_the_users(monkeypatch, tmp_path):
     held_out = [float(row[head.index("val_bits_per_byte")]) for row in rows if row[head.index("val_bits_per_byte")]]
     assert held_out[-1] < held_out[0]
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 8
-    assert not any("adapters" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    assert not any("adapters" in name for name in load_file(tmp_path / "out" / "merged" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["AdapterMonitor", "lightning_lora.AdapterMonitor"])
+def test_the_monitor_is_named_in_yaml(config, tmp_path, name):
+    monitor = {"class_path": name, "init_args": {"every_n_steps": 4, "metrics": ["update", "memory"], "tokens": "ids"}}
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "", "version": "logs"}}
+    ran = LoRACLI(args=["fit", "--config", config(trainer={"callbacks": [monitor], "logger": logger})])
+    header, *rows = (tmp_path / "logs" / "metrics.csv").read_text().splitlines()
+    assert "lora/update_norm" in header
+    assert "lora/tokens_per_second" not in header
+    assert len([row for row in rows if row]) >= 2
+    assert ran.trainer.callback_metrics["lora/update_norm"] > 0

@@ -28,7 +28,7 @@ def test_demo_writes_adapter_merged_model_pictures_and_report(demo):
         "adapter_model.safetensors",
         "loss.png",
         "memory.png",
-        "model.safetensors",
+        "merged",
         "report.json",
         "report.md",
     }
@@ -50,7 +50,7 @@ def test_demo_files_give_the_merged_model_again(demo):
     """The merged file adds the adapter to the NF4 base it was trained on, so the dense base gives nearly the same."""
     tokens = corpus.windows(corpus.english().held_out, 64, limit=4)[:, :-1]
     merged = ByteLM()
-    merged.load_state_dict(load_file(demo[1] / "model.safetensors"))
+    merged.load_state_dict(load_file(demo[1] / "merged" / "model.safetensors"))
     adapted = load_adapter(pretrain.load_base(), demo[1])
     with torch.no_grad():
         difference = (merged(tokens) - adapted(tokens)).norm() / adapted(tokens).norm()

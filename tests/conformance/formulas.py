@@ -12,8 +12,14 @@ Tensors = Mapping[str, Tensor]
 
 
 def lora(W: Tensor, t: Tensors, config: AdapterConfig) -> Tensor:
-    """arXiv 2106.09685, equation 3."""
-    return W + config.alpha / config.r * t["lora_B"] @ t["lora_A"]
+    """arXiv 2106.09685, equation 3, for each of a stack of weights too.
+
+    An adapter that starts in the weight (PiSSA, arXiv 2404.02948, equation 5) trains ``A`` and ``B`` over
+    ``W - s B0 A0``, which is what ``W`` is here already where it was quantized so.
+    """
+    s = config.alpha / config.r
+    residual = W - s * t["lora_B0"] @ t["lora_A0"] if "lora_A0" in t and "taken_A" not in t else W
+    return residual + s * t["lora_B"] @ t["lora_A"]
 
 
 def dora(W: Tensor, t: Tensors, config: AdapterConfig) -> Tensor:

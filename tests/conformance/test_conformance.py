@@ -1,4 +1,10 @@
-"""The promises that every combination of method, start, kind of layer and storage keeps."""
+"""The promises that every combination of method, start, kind of layer and storage keeps.
+
+What depends on the start, on the kind and on how they meet runs over all of them: the output at the start and after,
+its gradients, and the merge. What an adapter does as a module (states, copies, checkpointing, a second adapter) does
+not depend on the start but through the tensors it keeps, so it runs over every method, kind and storage with one start,
+and over every other start on a linear layer, dense and quantized.
+"""
 
 import copy
 import io
@@ -12,34 +18,61 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import AdapterError, LoRAError, activate, delete_adapter, disabled, inject, merge, summary
+from lightning_lora import (
+    AdapterError,
+    LoRAError,
+    TargetError,
+    activate,
+    delete_adapter,
+    disabled,
+    load_adapter,
+    merge,
+    quantize,
+    save_adapter,
+    summary,
+)
 from lightning_lora.callbacks.settings import METHODS
+from lightning_lora.model.layers import adapted_layers
 from lightning_lora.nn.base import dense_weight
+from lightning_lora.nn.init import INITIALIZERS
 from tests.conformance.combinations import (
     KINDS,
-    STORAGES,
     Combination,
-    adapter_of,
     every_combination,
+    first_of,
     refusal,
     twin,
 )
 from tests.conformance.formulas import FORMULAS
-from tests.conformance.table import table
+from tests.conformance.table import tables
 from tests.conftest import randomize, relative_difference
 
 F64 = torch.float64
-NOT_LINEAR = {"embedding", "conv1d", "conv2d", "conv3d"}
-FORBIDDEN = {
-    *((method, kind, "nf4") for method in METHODS for kind in KINDS if kind != "linear"),
-    *(("lora_fa", "embedding", storage) for storage in STORAGES),
-    *(("vera", kind, storage) for kind in NOT_LINEAR for storage in STORAGES),
-}
+LINEAR = {"linear", "transposed linear", "attention"}
+EXPERTS = {"experts", "transposed experts"}
+QUANTIZABLE = {"linear", "attention", *EXPERTS}
+
+
+def is_forbidden(c: Combination) -> bool:
+    """What the package has to refuse, said independently of it."""
+    by_chance = c.init is None or c.init in INITIALIZERS
+    return any(
+        (
+            c.storage == "nf4" and c.kind not in QUANTIZABLE,
+            c.kind in EXPERTS and not (c.method == "lora" and by_chance),
+            c.method == "lora_fa" and c.kind == "embedding",
+            c.method == "vera" and c.kind not in LINEAR,
+            not by_chance and (c.method != "lora" or c.kind == "embedding"),
+            c.init == "loftq" and c.storage != "nf4",
+        )
+    )
+
+
 EVERY = list(every_combination())
-ALLOWED = [c for c in EVERY if (c.method, c.kind, c.storage) not in FORBIDDEN]
-REFUSED = [c for c in EVERY if c not in ALLOWED]
-ZERO_UPDATE = {None, "kaiming", "gaussian"}
-"""Starts at which a factor is zero, rather than the product of two that are not."""
+ALLOWED = [c for c in EVERY if not is_forbidden(c)]
+REFUSED = [c for c in EVERY if is_forbidden(c)]
+ZERO_UPDATE = {None, "kaiming", "gaussian", "eva"}
+"""Starts at which a factor is zero."""
 
 ROUNDING = {"fp32": 1e-5, "bf16": 2**-6, "nf4": 1e-5}
 """Relative. Sums of at most 64 products of float32; or four roundings to bf16, of 2^-8 each."""
@@ -52,7 +85,8 @@ def over(combinations: Iterable[Combination], *storages: str) -> pytest.MarkDeco
 
 
 ONE_START = [c for c in ALLOWED if c.init in (None, "kaiming")]
-every, each = over(ALLOWED), over(ONE_START)
+OTHER_STARTS = [c for c in ALLOWED if c.method == "lora" and c.kind == "linear" and c not in ONE_START]
+every, each = over(ALLOWED), over([*ONE_START, *OTHER_STARTS])
 
 
 def gradients(model: nn.Module, x: Tensor, run=lambda model, x: model(x)) -> dict[str, Tensor]:
@@ -72,10 +106,27 @@ def test_training_starts_at_the_base_model(combination):
         expected = model(x)
     found = model(x)
     assert found.dtype == expected.dtype
-    if combination.init in ZERO_UPDATE:
-        assert torch.equal(found, expected)
-    else:
+    if combination.init == "orthogonal":
         assert relative_difference(found, expected) <= ROUNDING[combination.storage]
+    else:  # a start that is part of the weight is taken off again, bit for bit
+        assert torch.equal(found, expected)
+    if combination.storage != "nf4":
+        assert relative_difference(found, combination.base()(x)) <= ROUNDING[combination.storage]
+
+
+@over([c for c in ALLOWED if c.init not in ZERO_UPDATE], "nf4")
+def test_a_quantized_start_is_no_farther_from_the_dense_weight_than_plain_quantization(combination):
+    def error(init: str) -> list[float]:
+        layers = adapted_layers(combination.beside(init).fresh())
+        return [torch.linalg.norm(layers[path].merged_weight() - W).item() for path, W in dense.items()]
+
+    dense = {
+        path: layer.base_weight()
+        for path, layer in adapted_layers(combination.beside("kaiming").add(combination.base())).items()
+    }
+    for found, plain in zip(error(combination.init), error("kaiming"), strict=True):
+        assert found <= plain * (1 + 1e-6)  # the norm of float32 differences
+        assert combination.init != "loftq" or found < plain
 
 
 @over(ALLOWED, "fp32", "nf4")
@@ -83,20 +134,21 @@ def test_output_and_gradients_are_those_of_the_dense_formula(combination):
     """In float64, also over NF4, where the formula is of the dequantized weight."""
     model, x = combination.trained(F64), combination.input(F64)
     found, output = gradients(model, x), model(x)
-    adapter, base = adapter_of(model), combination.base(F64)
-    W = adapter.kind.to_matrix(dense_weight(model[0].base_layer, F64))
-    t = {name: value.detach().clone().requires_grad_() for name, value in adapter.named_parameters()}
-    t |= {name: value.detach() for name, value in adapter.named_buffers()}
-    weight = adapter.kind.from_matrix(FORMULAS[combination.method](W, t, adapter.config))
-    plain = nn.Sequential(base[0])
+    plain, leaves, weights = combination.base(F64).requires_grad_(False), {}, {}
+    for path, layer in adapted_layers(model).items():
+        adapter = layer.adapter("default")
+        W = adapter.kind.to_matrix(dense_weight(layer.base_layer, F64))
+        t = {name: value.detach().clone().requires_grad_() for name, value in adapter.named_parameters()}
+        leaves |= {f"{path}.adapters.default.{name}": (t[name], p) for name, p in adapter.named_parameters()}
+        t |= {name: value.detach() for name, value in adapter.named_buffers()}
+        weights[path] = adapter.kind.from_matrix(FORMULAS[combination.method](W, t, adapter.config))
+    changed = KINDS[combination.kind].parameters(weights)
 
     def run(_: nn.Module, x: Tensor) -> Tensor:
-        return torch.func.functional_call(plain, {"0.weight": weight}, (x,))
+        return torch.func.functional_call(plain, changed, (x,))
 
-    expected = gradients(plain.requires_grad_(False), x, run)
-    expected |= {
-        f"0.adapters.default.{name}": t[name].grad for name, p in adapter.named_parameters() if p.requires_grad
-    }
+    expected = gradients(plain, x, run)
+    expected |= {name: leaf.grad for name, (leaf, parameter) in leaves.items() if parameter.requires_grad}
     assert relative_difference(output, run(plain, x)) <= 1e-12
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
@@ -108,17 +160,16 @@ def test_gradients_reach_every_trained_parameter_and_no_other(combination):
     model = combination.trained()
     reached = {name for name in gradients(model, combination.input()) if name != "x"}
     assert reached == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert all(name.startswith("0.adapters.default.") for name in reached)
+    assert all(".adapters.default." in name for name in reached)
 
 
 @every
 def test_the_merged_layer_computes_the_adapted_function(combination):
     model, x = combination.trained(), combination.input()
-    keys = list(combination.base().state_dict())
-    adapted = model(x)
+    base, adapted = combination.base(), model(x)
     merged = merge(model)
-    assert list(merged.state_dict()) == keys
-    assert type(merged[0]) is type(combination.base()[0])
+    assert list(merged.state_dict()) == list(base.state_dict())
+    assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
     assert relative_difference(merged(x), adapted) <= ROUNDING[combination.storage]
 
 
@@ -128,7 +179,7 @@ def test_half_precision_is_near_the_same_function_in_double(combination):
     exact = copy.deepcopy(model).to(F64)
     found, expected = model(x), exact(x.to(F64) if x.is_floating_point() else x)
     assert found.dtype == torch.bfloat16
-    assert {p.dtype for p in adapter_of(model).parameters()} == {torch.float32}
+    assert {p.dtype for p in first_of(model).adapters.parameters()} == {torch.float32}
     assert relative_difference(found.to(F64), expected) <= ROUNDING["bf16"]
 
 
@@ -147,6 +198,26 @@ def test_a_saved_state_loads_bit_for_bit_into_a_model_made_anew(combination):
         assert torch.equal(ours, theirs), name
 
 
+FOLDERS = [c for c in (*ONE_START, *OTHER_STARTS) if c.method == "lora" and c.init != "loftq"]
+
+
+@over([c for c in FOLDERS if c.init in ZERO_UPDATE or c.storage != "nf4"])
+def test_a_saved_folder_gives_the_same_function_over_the_base(combination, tmp_path):
+    """Bit for bit; what started in the weight is written as twice the rank, and over NF4 stood on another base."""
+    model, x = combination.trained(), combination.input()
+    if combination.kind == "conv2d":
+        with pytest.raises(AdapterError, match="0 is a convolution in 2 groups"):
+            save_adapter(model, tmp_path)
+        return
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(combination.base(), tmp_path)
+    loaded = quantize(loaded) if combination.storage == "nf4" else loaded
+    if combination.init in ZERO_UPDATE:
+        assert torch.equal(loaded(x), model(x))
+    else:
+        assert relative_difference(loaded(x), model(x)) <= ROUNDING[combination.storage]
+
+
 @each
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_compute_the_same_and_are_independent(combination, clone):
@@ -159,7 +230,11 @@ def test_copies_compute_the_same_and_are_independent(combination, clone):
     assert torch.equal(model(x), expected)
 
 
-@over(ONE_START, "fp32")
+COMPILED = [c for c in ONE_START if c.kind != "attention" or c.method == "lora"]
+"""A projection is a linear layer; and of the other starts those alone that compute something else."""
+
+
+@over([*COMPILED, *(c for c in OTHER_STARTS if c.init == "pissa")], "fp32")
 def test_it_compiles_as_one_graph(combination):
     model, x = combination.trained(), combination.input()
     torch._dynamo.reset()
@@ -184,14 +259,28 @@ def test_gradients_are_the_same_under_activation_checkpointing(combination, reen
         assert torch.equal(found[name], grad), name
 
 
+def with_second(combination: Combination, model: nn.Module) -> nn.Module:
+    """Put a second adapter in; what is fitted to the quantizing of the base comes too late for that."""
+    if combination.init != "loftq":
+        return combination.add(model, "second")
+    with pytest.raises(TargetError, match="is quantized already, so its base cannot be fitted"):
+        combination.add(model, "second")
+    return combination.beside("kaiming").add(model, "second")
+
+
 @each
 def test_a_second_adapter_comes_and_goes_and_leaves_the_first_as_it_was(combination):
     model, x = combination.trained(), combination.input()
-    first = model(x)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    inject(model, "0", combination.config(), name="second")
+    first, kinds = model(x), [type(module) for module in combination.base().modules()]
     with disabled(model):
-        assert torch.equal(model(x), model[0].base_layer(x))
+        base = model(x)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    with_second(combination, model)
+    for layer in adapted_layers(model).values():
+        shapes = [[p.shape for p in adapter.parameters()] for adapter in layer.adapters.values()]
+        assert shapes[0] == shapes[1]
+    with disabled(model):
+        assert torch.equal(model(x), base)
     randomize(model, std=0.3)
     second = model(x)
     assert not torch.equal(second, first)
@@ -203,16 +292,23 @@ def test_a_second_adapter_comes_and_goes_and_leaves_the_first_as_it_was(combinat
     activate(model, "default")
     delete_adapter(model, "second")
     assert torch.equal(model(x), first)
-    assert type(delete_adapter(model, "default")[0]) is type(model[0])
+    if first_of(model).base_lacks is not None:
+        with pytest.raises(AdapterError, match="quantized without what adapter 'default' starts with"):
+            delete_adapter(model, "default")
+        return
+    delete_adapter(model, "default")
+    assert relative_difference(model(x), base) <= ROUNDING[combination.storage]  # attention computes in another order
+    if combination.storage != "nf4":
+        assert [type(module) for module in model.modules()] == kinds
 
 
 @each
 def test_two_adapters_together_merge_into_what_they_compute_or_are_refused(combination):
     model, x = combination.trained(), combination.input()
-    inject(model, "0", combination.config(), name="second")
+    with_second(combination, model)
     randomize(model, std=0.3)
-    if not adapter_of(model).additive:
-        with pytest.raises(AdapterError, match="cannot be active together on 0"):
+    if not first_of(model).adapter("default").additive:
+        with pytest.raises(AdapterError, match=r"cannot be active together on 0"):
             activate(model, "default", "second")
         return
     adapted = activate(model, "default", "second")(x)
@@ -221,8 +317,10 @@ def test_two_adapters_together_merge_into_what_they_compute_or_are_refused(combi
 
 @each
 def test_dropout_acts_in_training_alone_or_is_refused(combination):
-    if combination.kind == "embedding":
-        with pytest.raises(LoRAError, match="0: an embedding's input is tokens"):
+    said = {"embedding": "0: an embedding's input is tokens", "experts": "0.up: the inputs of experts are out of reach"}
+    said["transposed experts"] = said["experts"]
+    if combination.kind in said:
+        with pytest.raises(LoRAError, match=said[combination.kind]):
             combination.fresh(dropout=0.5)
         return
     model, x = combination.trained(dropout=0.5), combination.input()
@@ -243,19 +341,29 @@ def test_it_is_materialized_from_the_meta_device(combination):
     assert torch.equal(model(combination.input()), full(combination.input()))
 
 
+@over([c for c in EVERY if c.init in {"pissa", "pissa_niter_4", "olora"} and c.kind == "linear"], "fp32")
+def test_a_start_in_the_weight_is_refused_where_there_is_none_yet(combination):
+    with torch.device("meta"), pytest.raises((TargetError, ValueError), match=f"init='{combination.init}' starts from"):
+        combination.fresh()
+
+
 @each
 def test_the_summary_names_the_method_and_counts_what_is_trained(combination):
     model = combination.fresh()
-    (layer,) = summary(model).layers
-    assert layer.method == combination.method
-    assert layer.trainable == sum(p.numel() for p in adapter_of(model).parameters() if p.requires_grad) > 0
+    layers = adapted_layers(model)
+    for row in summary(model).layers:
+        assert row.method == combination.method
+        adapter = layers[row.name].adapter("default")
+        assert row.trainable == sum(p.numel() for p in adapter.parameters() if p.requires_grad) > 0
+    assert {row.name for row in summary(model).layers} == set(KINDS[combination.kind].paths)
 
 
 @over(REFUSED)
 def test_what_cannot_be_is_refused_by_name(combination):
+    """By the layer's, or by the start's where no layer could have it."""
     said = refusal(combination)
     assert said is not None
-    assert re.search(r"\b0: ", said), said
+    assert re.search(rf"\b0[.\w]*: |init='{combination.init}'", said), said
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -272,4 +380,5 @@ def test_configs_are_frozen_values(method):
 
 def test_the_documentation_has_the_table_as_it_is():
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
-    assert table() in page, "run: python -m tests.conformance.table"
+    for table in tables():
+        assert table in page, "run: python -m tests.conformance.table"

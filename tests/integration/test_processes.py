@@ -150,6 +150,31 @@ class TestShardedByFSDP2:
             assert "r is 8 there and 2 here" in result["of another rank"]
 
 
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_the_monitor_logs_in_two_processes_what_it_logs_in_one(seen, quantization):
+    """Norms, ranks and gradients to rounding. Tokens are those of both, over the time of the slower."""
+    one = workers.monitor_20_steps(SingleDeviceStrategy(), 1, quantization)
+    for result in seen("monitored"):
+        rows = result[str(quantization)]
+        assert rows.keys() == one.keys() == {4, 9, 14, 19}
+        for step, row in rows.items():
+            for name in ("update_norm", "effective_rank", "stable_rank", "grad_norm/lora_A", "grad_norm/lora_B"):
+                assert row[f"lora/{name}"] == pytest.approx(one[step][f"lora/{name}"], rel=1e-4)
+            assert row["lora/tokens_per_second"] == one[step]["lora/tokens_per_second"] / 2
+    first, second = seen("monitored")
+    assert first[str(quantization)][19] == second[str(quantization)][19]
+
+
+def test_metrics_of_two_processes_are_those_of_all_their_updates(seen):
+    one = workers.metrics_of_my_share()
+    assert one.pop("throughput") == 250  # 1000 tokens in 4 s
+    for result in seen("monitored"):
+        found = result["metrics"]
+        assert found.pop("throughput") == 250  # 300 in 2 s and 700 in 4 s, at the same time
+        for name, value in one.items():
+            assert torch.allclose(found[name], value, rtol=1e-12), name  # sums of float64 in another order
+
+
 def test_lightnings_boring_model_runs_in_two_processes_without_a_warning(seen):
     for result in seen("boring"):
         assert result["steps"] == {

@@ -4,17 +4,26 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRADDPStrategy, LoRAError, inject, quantize
+from lightning_lora import AdapterMonitor, LoRACallback, LoRAConfig, LoRADDPStrategy, LoRAError, inject, quantize
+from lightning_lora.metrics import throughput
+from lightning_lora.metrics.effective_rank import EffectiveRank
+from lightning_lora.metrics.gradient_norm import GradientNorm
+from lightning_lora.metrics.spectrum import SingularSpectrum
+from lightning_lora.metrics.stable_rank import StableRank
+from lightning_lora.metrics.subspace_similarity import SubspaceSimilarity
+from lightning_lora.metrics.update_norm import RelativeUpdateNorm
 from lightning_lora.model.layers import adapted_layers
 
 STEPS, GLOBAL_BATCH = 20, 8
@@ -368,6 +377,66 @@ def boring(_: Path) -> dict:
     return {"steps": steps}
 
 
+class Rows(Logger):
+    """Keeps what it is told, in every process."""
+
+    name = version = "rows"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        self.rows[step] = metrics
+
+
+def monitor_20_steps(strategy, processes: int, quantization: str | None = None) -> dict[int, dict[str, float]]:
+    """What is logged of 20 steps over the same global batches; by its clock each step takes a second, or two in one."""
+    rows = Rows()
+    run = trainer(
+        AdapterMonitor(5, tokens=0),
+        lora(quantization, optimizer=None),
+        strategy=strategy,
+        devices=processes,
+        logger=rows,
+        use_distributed_sampler=False,
+    )
+    real, throughput.time = throughput.time, SimpleNamespace(perf_counter=lambda: run.global_step * (1.0 + RANK))
+    try:
+        run.fit(Module(), share_loader(RANK, processes))
+    finally:
+        throughput.time = real
+    return rows.rows
+
+
+def monitored(_: Path) -> dict:
+    return {str(q): monitor_20_steps(DDPStrategy(), 2, q) for q in (None, "nf4")} | {"metrics": metrics_of_my_share()}
+
+
+def metrics_of_my_share() -> dict:
+    """Each process has updates and a speed of its own; a metric's result is that of both."""
+    draw = torch.Generator().manual_seed(3)
+    spectra = torch.rand(4, 3, generator=draw, dtype=torch.float64)
+    factors = torch.randn(4, 2, 3, 8, generator=draw)
+    mine = range(2 * RANK, 2 * RANK + 2) if dist.is_initialized() else range(4)
+    made = {
+        "effective_rank": (EffectiveRank(), lambda i: (spectra[i],)),
+        "stable_rank": (StableRank(), lambda i: (spectra[i],)),
+        "spectrum": (SingularSpectrum(3), lambda i: (spectra[i],)),
+        "norm": (RelativeUpdateNorm(), lambda i: (spectra[i], spectra[i] + 1)),
+        "similarity": (SubspaceSimilarity(3, 3), lambda i: (factors[i, 0], factors[i, 1])),
+        "gradient": (GradientNorm(), lambda i: ([spectra[i]],)),
+        "throughput": (throughput.Throughput(), lambda i: (100 * (i + 1), 1.0 + RANK)),
+    }
+    for metric, share in made.values():
+        for i in mine:
+            metric.update(*share(i))
+    return {name: metric.compute() for name, (metric, _) in made.items()}
+
+
 def refused(act) -> str:
     try:
         act()
@@ -389,6 +458,7 @@ SCENARIOS = {
     "fsdp_nf4": fsdp_of(ShardedInFourBits),
     "fsdp_refusals": fsdp_refusals,
     "boring": boring,
+    "monitored": monitored,
 }
 
 

@@ -16,7 +16,7 @@ from lightning_lora import AdapterError, inject, load_adapter, quantize, save_ad
 from lightning_lora.io.fingerprint import base_fingerprint, compare, to_json
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.nn import fingerprint as module_under_test
-from lightning_lora.nn.fingerprint import Fingerprint, fingerprint, fingerprints
+from lightning_lora.nn.fingerprint import Fingerprint, combined, fingerprint, fingerprints
 from tests.conftest import Net, randomize
 
 WEIGHTS = "adapter_model.safetensors"
@@ -119,7 +119,7 @@ def test_another_base_is_refused_naming_the_layers_and_both(quantized, tmp_path)
     fully = refused(base(seed=1), tmp_path)
     assert "and 1 more" in fully
     short = to_json(base_fingerprint({path: base().get_submodule(path) for path in adapted_layers(trained())}))
-    assert f"trained on base {compare(short, adapted_layers(trained())).here}" in fully
+    assert f"trained on base {combined(compare(short, adapted_layers(trained())).ours)}" in fully
 
 
 def test_a_mismatch_can_be_allowed(tmp_path):

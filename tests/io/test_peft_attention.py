@@ -85,6 +85,20 @@ def test_what_was_saved_is_what_is_loaded(ours, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["plain", "with an adapter on the attention"])
+def test_a_linear_layer_called_as_a_projection_is_not_taken_for_it(split, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"q_proj": nn.Linear(E, E), "cross": nn.MultiheadAttention(E, H)})
+
+    ours = randomize(inject(make(), {"q_proj": LoRAConfig(r=2)}, exclude="cross.q_proj"))
+    save_adapter(ours, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["q_proj"]
+    model = inject(make(), "cross.q_proj", name="other", config=LoRAConfig(r=2)) if split else make()
+    load_adapter(model, tmp_path)
+    assert torch.equal(model["q_proj"].adapter("default").lora_B, ours["q_proj"].adapter("default").lora_B)
+
+
 def test_it_survives_being_saved_again_by_peft(ours, tmp_path):
     """PEFT drops the header, so the ranks are those of the packed adapter; the function is the same."""
     save_adapter(ours, tmp_path / "ours")

@@ -8,6 +8,10 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, MergeError, NF4Config, disabled, inject, merge, quantize
 from lightning_lora.cli.demo import corpus, pretrain
+from lightning_lora.model.layers import replace
+from lightning_lora.model.merge import merged
+from lightning_lora.model.split import hosts
+from tests.conformance.combinations import Experts, SelfAttention
 from tests.conftest import randomize, relative_difference
 
 BASES = [None, NF4Config(), NF4Config(double_quant=False, block_size=128)]
@@ -49,6 +53,38 @@ def test_a_real_model_merges_exactly_and_to_two_in_a_thousand_in_bfloat16(base):
     assert relative_difference(exact, adapted) <= 1e-5  # fp32, summed in another order
     worst = ((rounded - adapted).flatten(1).norm(dim=1) / adapted.flatten(1).norm(dim=1)).max()  # of all sequences
     assert worst <= 2e-3
+
+
+class Counted(Experts):
+    """Experts with a second stack, a buffer, and one in a module inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(3, 16, 12))
+        self.register_buffer("scale", torch.ones(12))
+        self.act = nn.BatchNorm1d(5, affine=False)
+
+    def forward(self, x):
+        return self.act(torch.einsum("eio,...o->...i", self.down, super().forward(x) * self.scale))
+
+
+@pytest.mark.parametrize(
+    ("build", "target", "width"),
+    [(lambda: nn.Linear(16, 8), "0", 16), (SelfAttention, "v_proj", 32), (Counted, "0.up", 16)],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_was_merged_stays_as_it_is_when_the_adapted_layers_are_moved(build, target, width, packed):
+    """As the callback moves them to the CPU, to go on with later; a cast changes tensors in the same way."""
+    model, x = nn.Sequential(build()).eval(), torch.randn(3, 5, width)
+    inject(model, target, LoRAConfig(r=2))
+    model = quantize(model) if packed else model
+    (host,) = hosts(model).values()
+    plain = merged(host)
+    replace(model, {host: plain})
+    expected = model(x)
+    host.double()
+    assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("ratio", [0.004, 0.04])

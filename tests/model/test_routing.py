@@ -58,6 +58,21 @@ def test_each_row_is_what_it_would_be_alone(net, quantized):
     assert relative_difference(found, alone(model, tokens, NAMES)) <= 1e-6  # float32, products of other row counts
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_eight_adapters_in_a_batch_of_sixteen_are_what_each_is_alone(net, quantized):
+    names = [f"t{index * 5 % 8}" for index in range(16)]
+    model = several(
+        net, "all-linear", {name: LoRAConfig(r=2 + index % 3) for index, name in enumerate(sorted(set(names)))}
+    )
+    model = quantize(model) if quantized else model
+    tokens = torch.randint(16, (16, 10), generator=torch.Generator().manual_seed(1))
+    with routed(model, names):
+        found = model(tokens)
+    expected = alone(model, tokens, names)
+    assert relative_difference(found, expected) <= 1e-6  # float32, products of other row counts
+    assert relative_difference(found, alone(model, tokens, names[::-1])) > 1e-2
+
+
 BATCHED = [kind for kind in LAYERS if "unbatched" not in kind]
 
 

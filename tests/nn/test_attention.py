@@ -160,6 +160,19 @@ def test_attention_dropout_draws_what_torch_draws(need_weights):
     assert same(model[0](x, x, x), merged[0](x, x, x))
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_gives_what_the_merged_module_gives(autocast, need_weights):
+    stored = torch.float32 if autocast else torch.bfloat16
+    model = randomize(inject(nn.ModuleList([attention(add_bias_kv=True).to(stored)]), "*", LoRAConfig(r=3)), std=0.1)
+    merged = merge(copy.deepcopy(model))
+    xs, call = [x.to(stored) for x in inputs(merged[0])], masks(CALLS["padding"]) | {"need_weights": need_weights}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, expected = model[0](*xs, **call)[0], merged[0](*xs, **call)[0]
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert relative_difference(found, expected) <= 2**-4  # 8 bits, through four products and a softmax
+
+
 @pytest.mark.parametrize("target", [*PROJECTIONS, "[qv]_proj"])
 def test_each_projection_by_choice(target):
     base = attention(batch_first=True)
@@ -208,6 +221,11 @@ def test_all_linear_reaches_attention_and_leaves_the_head():
         "0.linear1",
         "0.linear2",
     ]
+
+
+def test_a_model_of_attention_alone_has_no_head_to_spare():
+    model = inject(nn.ModuleDict({"attn": attention()}), config=LoRAConfig(r=2))
+    assert list(adapted_layers(model)) == [f"attn.{name}" for name in PROJECTIONS]
 
 
 def test_what_is_wrong_is_found_before_attention_is_touched():

@@ -30,6 +30,14 @@ LAYERS = {
         lambda: nn.Conv2d(6, 8, 3, padding=2, dilation=2, padding_mode="circular"),
         values(2, 6, 9, 10),
     ),
+    "conv1d dilated, circular": (
+        lambda: nn.Conv1d(6, 8, 3, padding=2, dilation=2, padding_mode="circular"),
+        values(2, 6, 11),
+    ),
+    "conv3d dilated, circular, in groups": (
+        lambda: nn.Conv3d(4, 6, 3, padding=2, dilation=2, padding_mode="circular", groups=2),
+        values(1, 4, 5, 6, 5),
+    ),
     "conv2d reflected, strided": (
         lambda: nn.Conv2d(6, 8, (3, 2), 2, (1, 0), padding_mode="reflect"),
         values(2, 6, 9, 9),
@@ -88,6 +96,20 @@ def test_gradients_are_those_of_the_dense_formula(case):
     assert relative_difference(adapter.lora_A.grad, A.grad) <= 1e-12
     assert relative_difference(adapter.lora_B.grad, B.grad) <= 1e-12
     assert base.weight.grad is None
+
+
+def test_a_dilated_circular_convolution_is_the_sum_over_a_torus():
+    """Against the definition, term by term: ``y[o, i, j] = b[o] + sum W'[o, c, u, v] x[c, i + 2u - 2, j + 2v - 2]``."""
+    build, x = LAYERS["conv2d dilated, circular"]
+    layer = adapted(nn.Sequential(build().to(F64)))[0]
+    adapter, base = layer.adapter("default"), layer.base_layer
+    weight = base.weight + (5 / 3 * adapter.lora_B @ adapter.lora_A).view_as(base.weight)
+    expected = base.bias.view(1, -1, 1, 1).expand(2, 8, 9, 10).clone()
+    for u in range(3):
+        for v in range(3):  # what stands at i + 2u - 2, the axes being rings, is rolled to i
+            shifted = x.roll((2 - 2 * u, 2 - 2 * v), dims=(2, 3))
+            expected += torch.einsum("oc,ncij->noij", weight[:, :, u, v], shifted)
+    assert relative_difference(layer(x), expected) <= 1e-12
 
 
 def test_merging_gives_the_layer_back_with_the_adapted_function(case):

@@ -80,13 +80,14 @@ def run(task: Task, out: Path, *, steps: int, r: int = 8) -> dict[str, Any]:
     fit_seconds = _fit(module, task.train, [observer, lora], steps)
     after = _score(task)
     report = _report(task, observer, before, after, module, out)
+    report |= {"losses": [round(loss, 4) for loss in observer.losses]}
     report |= {"fit_seconds": round(fit_seconds, 1), "seconds": round(time.perf_counter() - began, 1), "steps": steps}
     _show(report, before, after)
     drawn = pictures.draw(out, observer.losses, report)
     if not drawn:
         console.line('no pictures: they need matplotlib, pip install "lightning-lora[plot]"')
     files = drawn + _write(out, report, before, after)
-    console.line(f"wrote {out}/: adapter_config.json, {WEIGHTS}, model.safetensors, {', '.join(files)}")
+    console.line(f"wrote {out}/: adapter_config.json, {WEIGHTS}, merged/model.safetensors, {', '.join(files)}")
     return report
 
 
@@ -167,7 +168,7 @@ def _report(
         "total": account.total,
         "optimizer": asdict(optimizer),
         "adapter_file_bytes": (out / WEIGHTS).stat().st_size,
-        "merged_file_bytes": (out / "model.safetensors").stat().st_size,
+        "merged_file_bytes": (out / "merged" / "model.safetensors").stat().st_size,
         "merged_vs_adapted": ((merged - adapted).abs().max() / adapted.abs().max()).item(),
         "merged_bf16_vs_adapted": _worst_sequence(rounded - adapted, adapted),
         "merged_bf16_vs_adapted_largest": ((rounded - adapted).abs().max() / adapted.abs().max()).item(),

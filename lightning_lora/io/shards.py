@@ -1,0 +1,236 @@
+"""Writing a model as safetensors files, one part in memory at a time, complete or absent.
+
+``safetensors.save_file`` wants all tensors at once. Here the header is written from shapes alone, and each part is
+made, written to its place and dropped.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lightning_lora.errors import MergeError, listing
+from lightning_lora.io.atomic import replacing
+from lightning_lora.io.dtypes import NAMES
+from lightning_lora.model.merge import is_finite
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {f"{letter}IB": 2 ** (10 * power) for power, letter in enumerate("KMGT", start=1)}
+_VERIFIED = 4
+_PIECE = 2**23
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some tensors that are made together.
+
+    Attributes:
+        outline: Meta tensors of the shapes and dtypes they will have, by name.
+        make: Makes them.
+        computed: Whether they are results, to be checked, rather than copies of what is there.
+    """
+
+    outline: Mapping[str, Tensor]
+    make: Callable[[], Mapping[str, Tensor]]
+    computed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(map(_size, self.outline.values()))
+
+
+def as_bytes(size: int | str) -> int:
+    """Return a size such as ``"5GB"``, ``"500MB"`` or ``"2GiB"`` in bytes.
+
+    Raises:
+        ValueError: If it is none, or not above 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", str(size).strip().upper())
+    if found is None or (count := int(float(found[1]) * _UNITS[found[2] or ""])) < 1:
+        raise ValueError(f"a size must be a number of bytes or such as '5GB', got {size!r}")
+    return count
+
+
+@torch.no_grad()
+def write_shards(
+    folder: Path, parts: Sequence[Part], *, max_shard_size: int | str, metadata: Mapping[str, str]
+) -> None:
+    """Write the parts to ``folder``: to ``model.safetensors``, or to shards and their index where they are larger.
+
+    All files are written beside their places, read again and compared with parts that are made a second time; then they
+    take their places, the index last. A reader finds the old model, the new one, or no index.
+
+    Args:
+        folder: Where to; made if it is not there.
+        parts: What to write, in the order of the model.
+        max_shard_size: Bytes of a file at most, unless a single tensor is larger.
+        metadata: For the header of each file, beside ``format``.
+
+    Raises:
+        MergeError: If a computed tensor is not finite, or what was read again is not what was written.
+        OSError: If there is no room; what was there before is untouched.
+    """
+    shards = _split(parts, as_bytes(max_shard_size))
+    names = [SINGLE] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+    folder.mkdir(parents=True, exist_ok=True)
+    _require_room(folder, sum(part.size for part in parts))
+    with ExitStack() as stack:
+        files = [stack.enter_context(replacing(folder / name)) for name in names]
+        places = [_write(file, shard, metadata) for file, shard in zip(files, shards, strict=True)]
+        _verify(files, shards, places)
+        if len(shards) > 1:  # shards of two exports under one index would be a torn model
+            (folder / INDEX).unlink(missing_ok=True)
+    if len(shards) > 1:
+        _write_index(folder, names, shards)
+    _drop_older(folder, names)
+
+
+def _split(parts: Sequence[Part], limit: int) -> list[list[Part]]:
+    shards: list[list[Part]] = [[]]
+    filled = 0
+    for part in parts:
+        if shards[-1] and filled + part.size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(part)
+        filled += part.size
+    return shards
+
+
+def _write(file: Path, parts: Iterable[Part], metadata: Mapping[str, str]) -> dict[str, int]:
+    """Write one file; returns where in it each tensor begins."""
+    outline = {name: tensor for part in parts for name, tensor in part.outline.items()}
+    # Large elements first: each tensor then starts at a multiple of its element's size, as readers of the map need.
+    order = sorted(outline, key=lambda name: -outline[name].element_size())
+    ends = list(accumulate(_size(outline[name]) for name in order))
+    begins = dict(zip(order, [0, *ends[:-1]], strict=True))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    for name, end in zip(order, ends, strict=True):
+        tensor = outline[name]
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begins[name], end],
+        }
+    data = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    data += b" " * (-len(data) % 8)
+    places = {name: 8 + len(data) + begin for name, begin in begins.items()}
+    with file.open("r+b", buffering=0) as opened:
+        _put(opened, 0, memoryview(len(data).to_bytes(8, "little") + data))
+        for part in parts:
+            _write_part(opened, part, places)
+    return places
+
+
+def _write_part(file: Any, part: Part, places: Mapping[str, int]) -> None:
+    """Make a part and write it. In a function of its own, so that it is dropped before the next is made."""
+    for name, tensor in _made(part).items():
+        _put(file, places[name], _memory(tensor))
+
+
+def _made(part: Part) -> Mapping[str, Tensor]:
+    made = part.make()
+    broken = [name for name, tensor in made.items() if part.computed and not is_finite(tensor)]
+    if broken:
+        raise MergeError(
+            f"NaN or infinity in {listing(broken)}; nothing was written. A NaN comes from a diverged training or a "
+            "broken base: go back to an earlier checkpoint. An infinity comes from a dtype too narrow: "
+            "dtype=torch.float32"
+        )
+    apart = [
+        name
+        for name, tensor in part.outline.items()
+        if (made[name].shape, made[name].dtype) != (tensor.shape, tensor.dtype)
+    ]
+    assert made.keys() == part.outline.keys(), made.keys() ^ part.outline.keys()
+    assert not apart, apart
+    return made
+
+
+def _put(file: Any, offset: int, data: memoryview) -> None:
+    file.seek(offset)
+    while data:  # one call writes 2 GiB at most
+        data = data[file.write(data) :]
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(b"") if not len(flat) else flat.view(torch.uint8).numpy().data
+
+
+def _verify(files: Sequence[Path], shards: Sequence[Sequence[Part]], places: Sequence[Mapping[str, int]]) -> None:
+    """Read the files again: all headers, and a sample of the computed tensors, made once more."""
+    computed = []
+    for file, shard, begins in zip(files, shards, places, strict=True):
+        with safe_open(file, "pt") as opened:
+            if set(opened.keys()) != begins.keys():
+                raise MergeError(f"{file.parent}: the tensors read again are not those written; is the disk sound?")
+        computed += [(file, part, begins) for part in shard if part.computed]
+    for file, part, begins in computed[:: max(1, len(computed) // _VERIFIED)][:_VERIFIED]:
+        unequal = [name for name, tensor in part.make().items() if not _is_at(file, begins[name], _memory(tensor))]
+        if unequal:
+            raise MergeError(
+                f"{file.parent}: {listing(unequal)} read again is not what was computed. Either the disk is not sound, "
+                "or the model was changed while it was being written"
+            )
+
+
+def _is_at(path: Path, offset: int, data: memoryview) -> bool:
+    """Whether a file holds these bytes there, read in pieces: a map of it would stay in memory."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        return all(_read(file, data[i : i + _PIECE]) for i in range(0, len(data), _PIECE))
+
+
+def _read(file: Any, expected: memoryview) -> bool:
+    return bool(file.read(len(expected)) == expected)
+
+
+def _require_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        needed = f"{os.strerror(errno.ENOSPC)}: {size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
+        raise OSError(errno.ENOSPC, needed, str(folder))
+
+
+def _write_index(folder: Path, names: Sequence[str], shards: Sequence[Sequence[Part]]) -> None:
+    weights = {key: name for name, shard in zip(names, shards, strict=True) for part in shard for key in part.outline}
+    total = sum(part.size for shard in shards for part in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
+    with replacing(folder / INDEX) as temporary:
+        temporary.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _drop_older(folder: Path, names: Sequence[str]) -> None:
+    """Delete the files of an earlier export, which a reader might prefer to these."""
+    kept = {*names, INDEX} if len(names) > 1 else set(names)
+    for path in folder.iterdir():
+        ours = path.name in (SINGLE, INDEX) or _SHARD.fullmatch(path.name)
+        if ours and path.name not in kept:
+            path.unlink()
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,65 @@
+"""The value that all NF4 kernels take: codes, constants and block size of one weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What a weight can be dequantized to."""
+
+NESTED_BLOCK = 256
+"""How many block maxima share a constant under double quantization (QLoRA, section 3)."""
+
+
+class Packed(NamedTuple):
+    """A weight in NF4: ``w = level[code] m``, with one maximum ``m`` for each block of weights.
+
+    Double-quantized, ``m = map[absmax] nested_absmax + offset``. The constants are ``float32``, or ``int32`` with the
+    bits of ``float32``, which no cast of a module rounds.
+
+    Attributes:
+        codes: Two 4-bit codes to a byte, the even element in the high half; ``uint8`` of shape ``(ceil(N / 2),)``.
+        absmax: One constant for each block, or one 8-bit code.
+        nested_absmax: One constant for every 256 of the 8-bit codes; else empty.
+        offset: A single constant beside 8-bit codes; else empty.
+        block_size: Weights that share a maximum.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    offset: Tensor
+    block_size: int
+
+    @property
+    def nested(self) -> bool:
+        """Whether the maxima are 8-bit codes."""
+        return self.absmax.dtype == torch.uint8
+
+    def as_floats(self) -> Packed:
+        """The same with every constant seen as ``float32``."""
+        constants = [floats.view(torch.float32) if floats.dtype == torch.int32 else floats for floats in self[1:4]]
+        return Packed(self.codes, constants[0], constants[1], constants[2], self.block_size)
+
+    def check(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Raise ``RuntimeError`` unless this is a weight of that shape: a kernel would read past its end."""
+        blocks = -(-math.prod(shape) // self.block_size)
+        expected = (
+            (math.prod(shape) + 1) // 2,
+            blocks,
+            -(-blocks // NESTED_BLOCK) if self.nested else 0,
+            int(self.nested),
+        )
+        found = tuple(tensor.numel() for tensor in self[:4])
+        if found != expected:
+            raise RuntimeError(
+                f"an NF4 weight of shape {tuple(shape)} in blocks of {self.block_size} has {expected} codes, maxima, "
+                f"nested maxima and offsets; got {found}"
+            )
+        if self.codes.dtype != torch.uint8 or dtype not in DTYPES:
+            raise RuntimeError(f"NF4 codes are uint8 and become one of {DTYPES}; got {self.codes.dtype} and {dtype}")

@@ -1,0 +1,56 @@
+"""Stacked weights of experts in NF4: one set of codes for all experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.nn.experts import ExpertsKind, StackedWeight, experts_kind
+from lightning_lora.quantization.config import NF4Config
+from lightning_lora.quantization.nf4 import NF4Linear
+
+
+class NF4Stack(NF4Linear):
+    """A parameter of shape ``(E, ...)`` whose matrices are stored one below the other as one :class:`NF4Linear`.
+
+    It is read, as a whole, and not called.
+
+    Attributes:
+        shape: Of the parameter.
+        transposed: Whether it holds ``W_e^T``.
+    """
+
+    shape: tuple[int, ...]
+    transposed: bool
+
+    @classmethod
+    def from_stack(cls, layer: StackedWeight, config: NF4Config) -> NF4Stack:
+        """Quantize a stack; it is left as it is."""
+        rows = layer.weight.detach().flatten(0, 1)
+        flat = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+        flat.weight = nn.Parameter(rows, requires_grad=False)
+        stack = cls.from_linear(flat.train(layer.training), config)
+        assert isinstance(stack, cls)
+        stack.shape, stack.transposed = tuple(layer.weight.shape), layer.transposed
+        return stack
+
+    @property
+    def kind(self) -> ExpertsKind:
+        """The sizes of one expert, and how many there are."""
+        return experts_kind(self.shape, transposed=self.transposed)
+
+    def dense(self) -> nn.Module:
+        """Return a stack on the meta device."""
+        return StackedWeight(nn.Parameter(torch.empty(self.shape, device="meta")), transposed=self.transposed)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the whole parameter in ``dtype``."""
+        return super().dequantize(dtype).view(self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raise: there is no call with an input."""
+        raise TypeError("a stack of experts is read, not called")
+
+    def extra_repr(self) -> str:
+        """Shape and storage, for ``print(model)``."""
+        return f"{self.shape}, {self.storage}"

@@ -1,0 +1,221 @@
+"""The merged export: what merge and save would give, streamed, complete or absent, the live model untouched."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lightning_lora import AdapterError, LoRAConfig, MergeError, export_merged, inject, merge, quantize, save_adapter
+from lightning_lora.io.shards import as_bytes
+from lightning_lora.model.layers import adapted_layers
+from tests.conftest import Net, randomize
+
+
+def adapted(*, quantized: bool = False, dtype: torch.dtype = torch.float32, **settings) -> nn.Module:
+    torch.manual_seed(0)
+    model = randomize(inject(Net().to(dtype), **settings))
+    return quantize(model) if quantized else model
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert sorted(one) == sorted(other)
+    for key, tensor in one.items():
+        assert tensor.dtype == other[key].dtype, key
+        assert torch.equal(tensor, other[key]), key
+
+
+@pytest.mark.parametrize("size", ["5GB", "40KB", 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_files_hold_the_state_dict_of_the_merged_model(quantized, dtype, size, tmp_path):
+    model = adapted(quantized=quantized, dtype=dtype, train="head")
+    export_merged(model, tmp_path, max_shard_size=size)
+    assert_equal(read(tmp_path), merge(model).state_dict())
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.Embedding(7, 8), nn.Linear(5, 3, bias=False)])
+def test_every_kind_of_layer_and_integer_buffers_are_written(layer, tmp_path):
+    model = nn.Sequential(nn.Sequential(layer), nn.BatchNorm2d(6))
+    randomize(inject(model, "0.0", LoRAConfig(r=2)))
+    export_merged(model, tmp_path)
+    assert_equal(read(tmp_path), merge(model).state_dict())
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_live_model_is_left_as_it_is(quantized, tmp_path):
+    model = adapted(quantized=quantized)
+    modules, state = dict(model.named_modules()), {key: value.clone() for key, value in model.state_dict().items()}
+    needs = [p.requires_grad for p in model.parameters()]
+    export_merged(model, tmp_path)
+    assert dict(model.named_modules()) == modules
+    assert_equal(model.state_dict(), state)
+    assert [p.requires_grad for p in model.parameters()] == needs
+
+
+def test_another_dtype_is_that_of_all_floating_point_tensors(tmp_path):
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6))
+    randomize(inject(model, "0.0", LoRAConfig(r=2)))
+    export_merged(model, tmp_path, dtype=torch.bfloat16)
+    found = read(tmp_path)
+    expected = merge(model).to(torch.bfloat16).state_dict()
+    assert_equal(found, expected)
+
+
+def test_shards_keep_to_the_size_and_the_index_finds_every_tensor(tmp_path):
+    model = adapted()
+    export_merged(model, tmp_path, max_shard_size=40_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    for number, shard in enumerate(shards, start=1):
+        assert shard.name == f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with safe_open(shard, "pt") as file:
+            assert all(index["weight_map"][key] == shard.name for key in file.keys())  # noqa: SIM118
+    expected = merge(model).state_dict()
+    assert sorted(index["weight_map"]) == sorted(expected)
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in expected.values())
+
+
+@pytest.mark.parametrize(("first", "second"), [("40KB", "5GB"), ("5GB", "40KB"), ("40KB", "80KB"), ("40KB", "40KB")])
+def test_a_second_export_leaves_nothing_of_the_first(first, second, tmp_path):
+    export_merged(adapted(), tmp_path, max_shard_size=first)
+    model = randomize(adapted(), std=0.1)
+    export_merged(model, tmp_path, max_shard_size=second)
+    assert_equal(read(tmp_path), merge(model).state_dict())
+    assert (tmp_path / "model.safetensors.index.json").exists() == (second != "5GB")
+    assert not [p for p in os.listdir(tmp_path) if p.startswith(".")]
+
+
+def test_a_weight_under_two_names_is_written_under_each(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+            self.blocks = self.net.blocks  # one layer, two names
+            self.net.head = nn.Linear(64, 16, bias=False)
+            self.net.head.weight = self.net.embed.weight  # two layers, one weight
+
+    model = randomize(inject(Twice()))
+    export_merged(model, tmp_path)
+    assert_equal(read(tmp_path), merge(model).state_dict())
+
+
+def test_a_compiled_layer_is_written_under_the_name_of_the_plain_one(tmp_path):
+    model = adapted()
+    export_merged(model, tmp_path / "plain")
+    model.blocks = torch.compile(model.blocks, backend="eager")
+    export_merged(model, tmp_path / "compiled")
+    assert_equal(read(tmp_path / "compiled"), read(tmp_path / "plain"))
+
+
+def test_nan_is_found_before_anything_is_replaced(tmp_path):
+    good = adapted()
+    export_merged(good, tmp_path)
+    bad = adapted()
+    bad.downs[1].adapter("default").lora_A.data[0, 0] = float("nan")
+    for size in ("5GB", "40KB"):
+        with pytest.raises(MergeError, match=r"NaN or infinity in downs\.1\.weight"):
+            export_merged(bad, tmp_path, max_shard_size=size)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+    assert_equal(read(tmp_path), merge(good).state_dict())
+
+
+def test_an_overflow_of_the_dtype_asked_for_is_found(tmp_path):
+    model = adapted()
+    model.downs[1].adapter("default").lora_B.data[0, 0] = 1e6
+    with pytest.raises(MergeError, match=r"downs\.1.*dtype=torch\.float32"):
+        export_merged(model, tmp_path, dtype=torch.float16)
+    export_merged(model, tmp_path)
+
+
+def test_a_folder_that_holds_an_adapter_is_refused(tmp_path):
+    """transformers loads an adapter that lies beside merged weights on top of them."""
+    model = adapted()
+    save_adapter(model, tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(MergeError, match="add the update twice"):
+        export_merged(model, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_model_without_adapters_is_refused(tmp_path):
+    with pytest.raises(AdapterError, match="no adapters"):
+        export_merged(Net(), tmp_path)
+
+
+def test_quantized_layers_without_an_adapter_are_refused(tmp_path):
+    model = adapted(quantized=True)
+    model.norm = next(iter(adapted_layers(model).values())).base_layer
+    model.blocks[0] = nn.ModuleDict()
+    with pytest.raises(MergeError, match="norm is quantized and has no adapter"):
+        export_merged(model, tmp_path)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    resource = pytest.importorskip("resource")
+    good = adapted()
+    export_merged(good, tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            export_merged(randomize(adapted(), std=1), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+    assert_equal(read(tmp_path), merge(good).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("words", "size"), [("5GB", 5 * 10**9), ("1.5 kB", 1500), ("2GiB", 2**31), (7, 7), ("7", 7), ("100b", 100)]
+)
+def test_sizes_are_read_as_people_write_them(words, size):
+    assert as_bytes(words) == size
+
+
+@pytest.mark.parametrize("words", ["", "5XB", "-1", 0, "GB", "0MB"])
+def test_other_sizes_are_refused(words):
+    with pytest.raises(ValueError, match="such as '5GB'"):
+        as_bytes(words)
+
+
+@pytest.mark.parametrize("size", ["5GB", "40KB"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_transformers_loads_the_export_and_gives_the_adapted_logits(quantized, size, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=quantized,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    plain = model(torch.arange(12)[None]).logits
+    randomize(inject(model))
+    if quantized:
+        quantize(model)
+    adapted_logits = model(torch.arange(12)[None]).logits
+    export_merged(model, tmp_path, max_shard_size=size)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    logits = loaded(torch.arange(12)[None]).logits
+    # the order of summation alone differs: x(W + BA) against xW + xAB, in float32
+    assert (logits - adapted_logits).abs().max() <= 1e-5 * adapted_logits.abs().max()
+    assert (plain - adapted_logits).abs().max() > 0.1 * adapted_logits.abs().max()

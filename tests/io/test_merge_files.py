@@ -1,0 +1,210 @@
+"""Merging files gives what loading, merging and saving the model gives, without the model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_lora import LoRAConfig, export_merged, inject, quantize, save_adapter
+from lightning_lora.cli.main import main
+from tests.conftest import Net, randomize
+
+
+class Kinds(Net):
+    """Every kind of layer, and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3)
+        self.batch = nn.BatchNorm2d(6)
+
+
+TARGETS = ["q_proj", "up_proj", "downs.*", "embed", "conv"]
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    torch.manual_seed(0)
+    (tmp_path / "base").mkdir()
+    save_file(Kinds().state_dict(), tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "kinds"}')
+    (tmp_path / "base" / "modeling.py").write_text("raise SystemExit")
+    return tmp_path / "base"
+
+
+def trained(base: Path, *, quantized: bool = False, **settings) -> nn.Module:
+    model = Kinds()
+    model.load_state_dict(load_file(base / "model.safetensors"))
+    randomize(inject(model, TARGETS, LoRAConfig(r=2), **settings))
+    return quantize(model) if quantized else model
+
+
+def run(base: Path, adapter: Path, out: Path, *more: str) -> int:
+    return main(["merge", "--base", str(base), "--adapter", str(adapter), "--out", str(out), *more])
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert sorted(one) == sorted(other)
+    for key, tensor in one.items():
+        assert tensor.dtype == other[key].dtype, key
+        assert torch.equal(tensor, other[key]), key
+
+
+@pytest.mark.parametrize("size", ["5GB", "40KB"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_it_writes_the_very_bytes_that_the_live_model_exports(quantized, dtype, size, base, tmp_path, capsys):
+    model = trained(base, quantized=quantized, train="head")
+    save_adapter(model, tmp_path / "adapter")
+    export_merged(model, tmp_path / "live", dtype=None if dtype is None else getattr(torch, dtype))
+    more = ["--max-shard-size", size, *(["--dtype", dtype] if dtype else [])]
+    assert run(base, tmp_path / "adapter", tmp_path / "out", *more) == 0
+    assert_equal(read(tmp_path / "out"), read(tmp_path / "live"))
+    said = capsys.readouterr().out
+    assert ("dequantized" in said) == quantized
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "kinds"
+    assert not (tmp_path / "out" / "modeling.py").exists()
+
+
+def test_onto_the_original_has_to_be_asked_for_and_prints_the_drift(base, tmp_path, capsys):
+    """The relative error of NF4 on normal weights is 0.09 (QLoRA's codec); uniform ones, as here, have less."""
+    model = trained(base, quantized=True)
+    save_adapter(model, tmp_path / "adapter")
+    assert run(base, tmp_path / "adapter", tmp_path / "out", "--onto", "original") == 0
+    said = capsys.readouterr().out
+    drift = float(re.search(r"by (\d+\.\d+)% on average", said)[1])
+    assert 3 < drift < 12
+    plain = read(base)["downs.0.weight"]
+    adapter = model.downs[0].adapter("default")
+    assert torch.allclose(read(tmp_path / "out")["downs.0.weight"], adapter.merged(plain), atol=1e-7)
+
+
+def test_shards_of_the_base_are_read(base, tmp_path):
+    model = trained(base)
+    save_adapter(model, tmp_path / "adapter")
+    tensors = read(base)
+    names = sorted(tensors)
+    (tmp_path / "shards").mkdir()
+    for index, part in enumerate((names[:10], names[10:])):
+        save_file({name: tensors[name] for name in part}, tmp_path / "shards" / f"{index}.safetensors")
+    weights = {name: f"{int(name in names[10:])}.safetensors" for name in names}
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    assert run(tmp_path / "shards", tmp_path / "adapter", tmp_path / "out") == 0
+    export_merged(model, tmp_path / "live")
+    assert_equal(read(tmp_path / "out"), read(tmp_path / "live"))
+
+
+def test_hugging_faces_transposed_layers_are_merged_as_stored(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "base")
+    randomize(inject(model, ["c_attn", "c_fc"], LoRAConfig(r=2)))
+    save_adapter(model, tmp_path / "adapter")
+    assert run(tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 0
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.arange(8)[None]
+    expected = model.eval()(tokens).logits
+    # the order of summation alone differs, in float32
+    assert (loaded(tokens).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_tied_weight_is_refused(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    untied = transformers.LlamaForCausalLM(config)
+    randomize(inject(untied, ["q_proj", "embed_tokens"], LoRAConfig(r=2)))
+    save_adapter(untied, tmp_path / "adapter")
+    tied = transformers.LlamaForCausalLM(copy.deepcopy(config))
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    tied.save_pretrained(tmp_path / "base")
+    assert run(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "--allow-base-mismatch") == 1
+    assert "model.embed_tokens shares its weight with another layer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def change(base: Path, **tensors: Tensor | None) -> None:
+    found = read(base) | tensors
+    save_file({k: v for k, v in found.items() if v is not None}, base / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    {
+        "another base": (
+            lambda base, _: change(base, **{"downs.0.weight": torch.randn(64, 128)}),
+            r"another one in downs\.0 \(other values\)",
+        ),
+        "a layer missing": (lambda base, _: change(base, **{"downs.0.weight": None}), r"downs\.0"),
+        "another width": (
+            lambda base, _: change(base, **{"downs.0.weight": torch.randn(64, 100)}),
+            r"downs\.0\.lora_A has shape",
+        ),
+        "NaN in the base": (
+            lambda base, _: change(base, **{"downs.0.weight": torch.full((64, 128), torch.nan)}),
+            "another one in|NaN",
+        ),
+        "no base": (lambda base, _: (base / "model.safetensors").unlink(), "neither model.safetensors nor"),
+        "a pickled base": (
+            lambda base, _: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
+            "pytorch_model.bin is a pickle, which is not read",
+        ),
+        "a truncated base": (lambda base, _: os.truncate(base / "model.safetensors", 5000), "truncated"),
+        "an index that leads elsewhere": (
+            lambda base, _: (
+                (base / "model.safetensors").unlink(),
+                (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}'),
+            ),
+            "no safetensors file in that folder",
+        ),
+        "no adapter": (lambda _, adapter: (adapter / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+        "a damaged adapter": (
+            lambda _, adapter: os.truncate(adapter / "adapter_model.safetensors", 3000),
+            "adapter_model.safetensors is truncated",
+        ),
+    }.values(),
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_written(damage, words, base, tmp_path, capsys):
+    save_adapter(trained(base), tmp_path / "adapter")
+    damage(base, tmp_path / "adapter")
+    assert run(base, tmp_path / "adapter", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert re.search(words, said), said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+
+
+def test_the_base_is_never_written_over(base, tmp_path, capsys):
+    save_adapter(trained(base), tmp_path / "adapter")
+    before = (base / "model.safetensors").read_bytes()
+    assert run(base, tmp_path / "adapter", base) == 1
+    assert "is the base model's folder" in capsys.readouterr().err
+    assert (base / "model.safetensors").read_bytes() == before
+    assert run(base, tmp_path / "adapter", tmp_path / "adapter") == 1
+    assert "add the update twice" in capsys.readouterr().err
+
+
+def test_a_mismatch_can_be_allowed(base, tmp_path):
+    save_adapter(trained(base), tmp_path / "adapter")
+    change(base, **{"downs.0.weight": torch.randn(64, 128)})
+    assert run(base, tmp_path / "adapter", tmp_path / "out", "--allow-base-mismatch") == 0
