@@ -95,6 +95,9 @@ def check_supported(settings: Mapping[str, Any]) -> None:
     missing = [key for key in (("r", "lora_alpha") if kind == "LORA" else ("r",)) if key not in settings]
     if missing:
         raise AdapterError(f"{listing(missing)} is missing; without it the adapter would be scaled wrongly")
+    targets = settings.get("target_modules")
+    if targets is not None and not isinstance(targets, list | str):
+        raise AdapterError(f"target_modules is {targets!r:.80}, expected a list of names")
     whole = settings.get("modules_to_save") or []
     if not isinstance(whole, list) or not all(isinstance(name, str) and name for name in whole):
         raise AdapterError(f"modules_to_save is {whole!r:.80}, expected a list of names")
