@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterError, listing
-from lightning_lora.io.adapter_file import AdapterFile
+from lightning_lora.io.adapter_file import AGAIN, AdapterFile
 from lightning_lora.io.keys import adapter_key, canonical
 from lightning_lora.model.split import layer_at, named_layers
 from lightning_lora.nn.adapted import AdaptedLayer
@@ -195,7 +195,7 @@ def _check_rank(rank: object, vectors: Mapping[str, Tensors]) -> None:
     for path, tensors in vectors.items():
         found = tuple(tensors[_D].shape) if _D in tensors else "no such tensor"
         if found != (rank,):
-            raise AdapterError(f"{path}.{_D} has shape {found}, expected ({rank},) for r={rank}")
+            raise AdapterError(f"{path}.{_D} has shape {found}, expected ({rank},) for r={rank}. {AGAIN}")
 
 
 def _candidates(
