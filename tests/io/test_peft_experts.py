@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import AdapterError, LoRAConfig, activate, inject, load_adapter, save_adapter
+from lightning_lora.cli.main import main
 from lightning_lora.model.layers import adapted_layers
 from tests.conftest import randomize
 from tests.nn.test_experts import MODELS, TARGETS, Products, logits
@@ -161,3 +162,16 @@ def test_other_methods_on_experts_are_refused_by_name(changes, said, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(AdapterError, match=said):
         load_adapter(MODELS["mixtral"](), tmp_path)
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "convert", "merge"])
+def test_files_alone_do_not_say_what_experts_there_are(command, tmp_path, capsys):
+    adapter, model = tmp_path / "adapter", MODELS["mixtral"]()
+    model.save_pretrained(tmp_path / "base")
+    save_adapter(inject(model, TARGETS, LoRAConfig(r=2)), adapter)
+    arguments = {
+        "convert": [adapter, "--out", tmp_path / "x.ckpt"],
+        "merge": ["--base", tmp_path / "base", "--adapter", adapter, "--out", tmp_path / "out"],
+    }.get(command, [adapter])
+    assert main([command, *map(str, arguments)]) == 1
+    assert f"{adapter}: it holds adapters on stacks of experts (target_parameters)" in capsys.readouterr().err
