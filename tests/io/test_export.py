@@ -219,3 +219,11 @@ def test_transformers_loads_the_export_and_gives_the_adapted_logits(quantized, s
     # the order of summation alone differs: x(W + BA) against xW + xAB, in float32
     assert (logits - adapted_logits).abs().max() <= 1e-5 * adapted_logits.abs().max()
     assert (plain - adapted_logits).abs().max() > 0.1 * adapted_logits.abs().max()
+
+
+def test_a_trained_bias_that_is_not_finite_is_not_written(tmp_path):
+    model = inject(Net(), "q_proj", LoRAConfig(r=2), train_bias="all")
+    with torch.no_grad():
+        model.norm.bias[0] = torch.nan
+    with pytest.raises(MergeError, match=r"NaN or infinity in norm\.bias"):
+        export_merged(model, tmp_path / "out")
