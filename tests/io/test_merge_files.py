@@ -353,6 +353,15 @@ def test_what_peft_saved_is_merged_as_peft_merges_it(method, base, tmp_path):
         torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-5, msg=key)
 
 
+def test_a_vera_whose_header_is_lost_is_told_by_its_projections(base, tmp_path):
+    model = randomize(inject(plain(base), LINEAR, VeRAConfig(r=4)), std=0.2)
+    save_adapter(model, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(path), path)
+    assert run(base, tmp_path / "adapter", tmp_path / "out") == 0
+    assert_equal(read(tmp_path / "out"), merge(model).state_dict())
+
+
 def test_a_vera_with_other_projections_is_not_merged(base, tmp_path, capsys):
     save_adapter(randomize(inject(plain(base), LINEAR, VeRAConfig(r=4))), tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
