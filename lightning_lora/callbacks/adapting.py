@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -19,6 +20,7 @@ from lightning_lora.io.adapter_folder import load_adapter
 from lightning_lora.io.description import describe_configs, describe_starts, differences
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.biases import bias_of
+from lightning_lora.model.eva import start_in
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.merge import is_finite
@@ -34,8 +36,30 @@ from lightning_lora.nn.low_rank import LowRankConfig
 from lightning_lora.nn.split import Split
 from lightning_lora.quantization.quantize import check_quantizable, quantize, refuse_unfitted
 
+Start = Callable[[LightningModule, Plan], tuple[Plan, Mapping[str, Tensor]]]
+"""Given a module and its plan, the plan with ranks where these are known, and directions to start in where not."""
 
-def adapt(module: LightningModule, settings: Settings, *, device: torch.device, training: bool) -> FineTune:
+
+def waits_for_data(module: LightningModule, settings: Settings) -> bool:
+    """Whether a module cannot be adapted before there is data, or a checkpoint: the ranks come from there."""
+    finetune = FINETUNES.get(module)
+    known = finetune is not None and (not finetune.layers or finetune.is_merged_in(module))
+    return settings.starts_from_data and not known and not adapted_layers(module)
+
+
+def unstarted(_: LightningModule, plan: Plan) -> tuple[Plan, Mapping[str, Tensor]]:
+    """A plan in which nothing starts from data."""
+    return plan, {}
+
+
+def adapt(
+    module: LightningModule,
+    settings: Settings,
+    *,
+    device: torch.device,
+    training: bool,
+    start: Start = unstarted,
+) -> FineTune:
     """Adapt ``module``, or take it up where an earlier run left it; nothing is injected or quantized twice.
 
     A method without adapters has its parameters frozen and trained as it says instead.
@@ -45,6 +69,7 @@ def adapt(module: LightningModule, settings: Settings, *, device: torch.device, 
         settings: What it is to be.
         device: Where it will run; layers are quantized there.
         training: Whether it is going to be trained, and merged layers have to become adapted ones again.
+        start: What gives adapters that start from data their ranks and starts, if there are any.
 
     Raises:
         AdapterError: If it holds adapters, or was trained before, in another way than the settings say.
@@ -71,7 +96,7 @@ def adapt(module: LightningModule, settings: Settings, *, device: torch.device, 
             finetune = FineTune.of_adapters(module)
         _require_same(module, settings, finetune, device)
     else:
-        owners = _inject(module, settings, device)
+        owners = _inject(module, settings, device, start)
         finetune = FineTune.of_adapters(module, owners, adapter=settings.adapter)
     if finetune is not FINETUNES.get(module):
         FINETUNES[module] = finetune
@@ -96,7 +121,7 @@ def _is_replaced(child: nn.Module) -> bool:
     return isinstance(child, AdaptedLayer | Split) or has_kind(child) or bool(part_names(child))
 
 
-def _inject(module: LightningModule, settings: Settings, device: torch.device) -> Owners:
+def _inject(module: LightningModule, settings: Settings, device: torch.device, start: Start) -> Owners:
     where = None if device.type == "cpu" else device
     packed = _packed_weights(module)
     if settings.adapter is not None:
@@ -106,7 +131,11 @@ def _inject(module: LightningModule, settings: Settings, device: torch.device) -
     else:
         plan = planned(module, settings)
         _check_base(module, plan, settings, where)
+        plan, found = start(module, plan)
         apply(module, plan, device=where)
+        if found:
+            with isolate_rng():  # the run goes on as with any other start: made anew, adapters draw again
+                start_in(module, found)
         _tell("left as they are", plan.left)
     owners = _owners(module, packed)
     if settings.quantization is not None:
@@ -161,14 +190,6 @@ def _dense_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def _check_base(module: LightningModule, plan: Plan, settings: Settings, device: torch.device | None) -> None:
     """See that the base can be trained on, and quantized if it is to be, before anything is changed."""
-    from_data = [name for name, config in plan.layers.items() if config.starts_from == "data"]
-    if from_data:
-        raise UnsupportedError(
-            f"init='eva' starts {listing(from_data)} from data, and to run the module on it before the fit would touch "
-            "its metrics and logs. Do it before fit, with the callback's own values: inject(module, config=LoRAConfig("
-            "init='eva', r=...)); initialize_eva(module, batches, forward=...); with quantization, quantize(module). "
-            "To resume, start from module = load_from_checkpoint(...)"
-        )
     layers = {name: layer_at(module, name) for name in plan.layers}
     weights = {
         name: stored_weight(layer).detach()

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.callbacks.activation_checkpointing import checkpoint_blocks
-from lightning_lora.callbacks.adapting import adapt, network
+from lightning_lora.callbacks.adapting import Start, adapt, network, unstarted, waits_for_data
 from lightning_lora.callbacks.averaging import adapt_early, averagers, check_averagers, check_norms, set_averages_aside
 from lightning_lora.callbacks.checkpoints import check_optimizers, complete_checkpoint, reduce_checkpoint
 from lightning_lora.callbacks.compat import check_sharding, check_trainer
 from lightning_lora.callbacks.finetune import FINETUNES, FineTune
+from lightning_lora.callbacks.from_data import check_trainer_for_data, from_checkpoint, from_loader
 from lightning_lora.callbacks.gradients import check_gradients, check_loss
 from lightning_lora.callbacks.interruption import keep_interrupted_run
 from lightning_lora.callbacks.processes import require_sharded, spare_quantized_buffers
@@ -32,6 +33,7 @@ from lightning_lora.callbacks.resume import Resumption, process_states, restore_
 from lightning_lora.callbacks.saving import ON_SAVE_ERROR, guard_saves, told
 from lightning_lora.callbacks.settings import (
     BASELINES,
+    EVA_BATCHES,
     OPTIMIZERS,
     Settings,
     as_config,
@@ -82,7 +84,8 @@ class LoRACallback(Callback):
             have no adapters, quantize nothing and merge nothing; the run, its optimizers and checkpoints are the same.
         init: How adapters start: ``"kaiming"``, ``"gaussian"`` or ``"orthogonal"``; in the principal part of the weight
             with ``"pissa"``, or faster ``"pissa_niter_4"``; ``"olora"``; fitted to the quantized base with ``"loftq"``.
-            With ``"eva"``, inject, ``initialize_eva(...)`` and quantize before ``fit``.
+            With ``"eva"``, in directions of the layers' inputs, with ranks shared between layers: ``fit`` runs a few of
+            its training batches first, over the base in its own precision (see docs/methods.md).
         scaling: ``"standard"`` or ``"rslora"``.
         exclude: Names or globs of layers to leave as they are.
         train: Names or globs of modules to train whole and save along, such as a new head.
@@ -99,6 +102,7 @@ class LoRACallback(Callback):
         activation_checkpointing: Names or globs of modules (``"layers"``) whose activations are recomputed in the
             backward pass instead of kept; ``"auto"`` recomputes the repeated blocks of a model on a GPU if they would
             not fit; None keeps all.
+        eva_batches: How many training batches ``init="eva"`` runs at most; fewer, once its directions have settled.
         on_save_error: What to do when a checkpoint cannot be written (a full disk): ``"raise"``, or ``"warn"`` and go
             on training; the last good checkpoint stays in either case.
 
@@ -126,6 +130,7 @@ class LoRACallback(Callback):
         output_dir: str | Path | None = None,
         adapter: str | Path | None = None,
         activation_checkpointing: str | Iterable[str] | None = None,
+        eva_batches: int = EVA_BATCHES,
         on_save_error: str = "raise",
     ) -> None:
         super().__init__()
@@ -145,6 +150,7 @@ class LoRACallback(Callback):
             train_bias=train_bias,
             quantization=as_quantization(quantization, method),
             adapter=adapter,
+            eva_batches=eva_batches,
         )
         self.paged_8bit = optimizer is not None
         self.lr_ratio = lr_ratio
@@ -333,8 +339,20 @@ class LoRACallback(Callback):
 
     def _after_configure_model(self, trainer: Trainer, module: LightningModule) -> None:
         self._undo.pop()()
-        training = trainer.state.fn == "fit"
-        finetune = adapt(module, self.settings, device=trainer.strategy.root_device, training=training)
+        if not waits_for_data(module, self.settings):
+            self._adapt(trainer, module)
+            return
+        # Ranks come from a checkpoint, which is loaded next, or from batches: before the strategy makes optimizers.
+        check_trainer_for_data(trainer, module)
+        self._undo.append(wrap(trainer.strategy, "setup", before=lambda *_: self._before_strategy(trainer, module)))
+
+    def _before_strategy(self, trainer: Trainer, module: LightningModule) -> None:
+        if waits_for_data(module, self.settings):
+            self._adapt(trainer, module, partial(from_loader, trainer, self.settings.eva_batches))
+
+    def _adapt(self, trainer: Trainer, module: LightningModule, start: Start = unstarted) -> None:
+        training, device = trainer.state.fn == "fit", trainer.strategy.root_device
+        finetune = adapt(module, self.settings, device=device, training=training, start=start)
         if training:
             finetune.thaw(module)
         if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -367,6 +385,8 @@ class LoRACallback(Callback):
             rank_zero_info(f"LoRA: {optimizer_report(optimizer)}")
 
     def _before_load(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if waits_for_data(module, self.settings):
+            self._adapt(trainer, module, partial(from_checkpoint, checkpoint))
         finetune = FINETUNES[module]
         if finetune.is_merged:
             finetune.unmerge(module)

@@ -27,6 +27,7 @@ BASELINES = ("freeze", "full")
 """Methods without adapters, to compare with: some modules trained and the rest frozen, or everything trained."""
 QUANTIZATIONS: dict[str, NF4Config] = {"nf4": NF4Config()}
 OPTIMIZERS = ("paged_adamw_8bit",)
+EVA_BATCHES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,11 @@ class Settings:
         train_bias: Biases to train: of no, of adapted or of all layers.
         quantization: How to store the base; None leaves it as it is.
         adapter: Folder of a saved adapter that brings its own targets and configs.
+        eva_batches: How many batches adapters that start from data see at most.
 
     Raises:
         ValueError: If ``adapter`` stands beside a value it would overrule, ``init="loftq"`` beside no quantization, or
-            a baseline beside a value it has no use for.
+            a baseline beside a value it has no use for; if ``eva_batches`` is below 1, or nothing has ``init="eva"``.
     """
 
     method: str = "lora"
@@ -56,17 +58,21 @@ class Settings:
     train_bias: str = "none"
     quantization: NF4Config | None = None
     adapter: str | PathLike[str] | None = None
+    eva_batches: int = EVA_BATCHES
 
     def __post_init__(self) -> None:
         check_choice("train_bias", self.train_bias, TRAIN_BIAS)
+        if self.eva_batches < 1:
+            raise ValueError(f"eva_batches must be at least 1, got {self.eva_batches}")
+        if self.eva_batches != EVA_BATCHES and not self.starts_from_data:
+            raise ValueError(f"eva_batches={self.eva_batches} is for init='eva', which nothing has; drop it")
         if self.has_adapters:
             self._check_adapters()
         else:
             self._check_baseline()
 
     def _check_adapters(self) -> None:
-        configs = [self.config, *(self.targets.values() if isinstance(self.targets, Mapping) else ())]
-        if self.quantization is None and any(config.starts_from == "quantization" for config in configs):
+        if self.quantization is None and self._starts_from("quantization"):
             raise ValueError(
                 "init='loftq' fits the adapters to a base that is being quantized, and quantization is None. Use "
                 "quantization='nf4', or init='pissa'"
@@ -95,6 +101,15 @@ class Settings:
         changed += ["exclude"] if self.exclude else []
         changed += ["train_bias"] if self.train_bias != "none" else []
         return changed + (["targets"] if self.targets != ALL_LINEAR else [])
+
+    def _starts_from(self, what: str) -> bool:
+        configs = [self.config, *(self.targets.values() if isinstance(self.targets, Mapping) else ())]
+        return any(isinstance(config, LowRankConfig) and config.starts_from == what for config in configs)
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether there are adapters that start in directions of the layers' inputs."""
+        return self._starts_from("data")
 
     @property
     def has_adapters(self) -> bool:

@@ -31,7 +31,6 @@ def call(model: nn.Module, batch: Any) -> object:
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
-@torch.no_grad()
 def initialize_eva(
     model: nn.Module,
     batches: Iterable[Any],
@@ -64,6 +63,26 @@ def initialize_eva(
         AdapterError: If the model has no such adapter, or none that starts from data.
         ValueError: If ``rho`` or ``tau`` is out of range, or a layer sees too few inputs or such as are not finite.
     """
+    return start_in(model, directions(model, batches, name=name, rho=rho, tau=tau, forward=forward), name=name)
+
+
+@torch.no_grad()
+def directions(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    name: str = "default",
+    rho: float = 2.0,
+    tau: float = 0.99,
+    forward: Forward = call,
+    agree: Callable[[bool], bool] = bool,
+) -> dict[str, Tensor]:
+    """Return where :func:`initialize_eva` would start: ``A`` of each layer, of the rank that falls to it.
+
+    Arguments and errors are those it has; the model stays as it is. What ``agree`` is told after each batch is whether
+    the directions have settled, and what it returns is whether to stop: processes that run the model together have to
+    stop together.
+    """
     if not (rho >= 1 and 0 <= tau <= 1):
         raise ValueError(f"rho must be at least 1 and tau between 0 and 1, got rho={rho} and tau={tau}")
     hosts = _waiting(model, name)
@@ -75,11 +94,17 @@ def initialize_eva(
             with _watched(hosts, partial(_take_in, found, _kept(batch))):
                 forward(model, batch)
             ranks = share({path: svd.explained.tolist() for path, svd in found.items()}, budget)
-            if all(svd.is_settled(ranks[path], tau) for path, svd in found.items()):
+            if agree(all(svd.is_settled(ranks[path], tau) for path, svd in found.items())):
                 break
     _require_enough(found)
-    for path, layer in hosts.items():
-        layer.put(name, _started(layer, name, found[path].components[: ranks[path]]))
+    return {path: found[path].components[: ranks[path]] for path in hosts}
+
+
+def start_in(model: nn.Module, found: Mapping[str, Tensor], *, name: str = "default") -> nn.Module:
+    """Start adapters in directions found before, with the ranks that these have, in place, and return the model."""
+    hosts = _waiting(model, name)
+    for path, lora_A in found.items():
+        hosts[path].put(name, _started(hosts[path], name, lora_A))
     return model
 
 
@@ -180,6 +205,7 @@ def _kept(batch: Any) -> Tensor | None:
 
 def _started(layer: AdaptedLayer, name: str, lora_A: Tensor) -> LoRA:
     old = _lora(layer, name)
-    new = LoRA(old.config.with_rank(len(lora_A)), old.kind, device=old.lora_A.device, dtype=old.lora_A.dtype)
+    config = old.config.with_rank(len(lora_A))
+    new = LoRA(config, old.kind, device=old.lora_A.device, dtype=old.lora_A.dtype)
     new.start_with(lora_A)
     return new.train(old.training).requires_grad_(old.lora_A.requires_grad)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lightning_lora import LoRACallback, LoRACLI, NF4Config
 from lightning_lora.cli.main import main
-from tests.cli.toy import Data, Scheduled
+from tests.cli.toy import Data, Scheduled, WithEvaStep
 
 ROOT = Path(__file__).parents[2]
 QUIET = {
@@ -90,6 +90,16 @@ def test_one_yaml_file_gives_the_run_of_python_bit_for_bit(config, tmp_path, sec
     trainer = Trainer(callbacks=[LoRACallback(**arguments)], default_root_dir=tmp_path / "python", **QUIET)
     trainer.fit(module, data)
     assert len(module.losses) == 8
+    assert_same_run(ran.model, module)
+
+
+def test_adapters_that_start_from_data_are_named_in_yaml(config, tmp_path):
+    section = {"r": 4, "init": "eva", "eva_batches": 3}
+    ran = LoRACLI(args=["fit", "--config", config(lora=section, model={"class_path": "tests.cli.toy.WithEvaStep"})])
+    seed_everything(7, workers=True)
+    module = WithEvaStep()
+    trainer = Trainer(callbacks=[LoRACallback(**section)], default_root_dir=tmp_path / "python", **QUIET)
+    trainer.fit(module, Data())
     assert_same_run(ran.model, module)
 
 

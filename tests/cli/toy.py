@@ -47,6 +47,13 @@ class Scheduled(Toy):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)]
 
 
+class WithEvaStep(Scheduled):
+    """The same with a step for before there are optimizers, whose rates ``training_step`` keeps."""
+
+    def eva_step(self, batch):
+        return self.net(batch[0])
+
+
 class Injected(Toy):
     """The same with optimizer and schedule as arguments."""
 

@@ -72,6 +72,22 @@ def test_adapters_fitted_to_their_base_are_the_same_in_all_processes(seen):
     assert equal(first["state"], second["state"])
 
 
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_adapters_that_start_from_data_start_where_the_first_process_says(seen, quantization):
+    """Each sees another share; a decomposition rounds by the number of threads, by far less than the shares differ."""
+    one = workers.start_from_data(SingleDeviceStrategy(), 1, quantization)
+    first, second = (result[str(quantization)] for result in seen("ddp_from_data"))
+    assert largest_difference(first["start"], one["start"]) <= 1e-4
+    assert equal(first["start"], second["start"])
+    assert equal(first["state"], second["state"])
+
+
+def test_a_sharded_module_that_would_start_from_data_is_refused(seen):
+    for result in seen("fsdp_refusals"):
+        assert result["from data"].startswith("UnsupportedError: init='eva' runs the whole model on a few batches")
+        assert "before fully_shard" in result["from data"]
+
+
 @pytest.mark.parametrize("scenario", ["ddp_dense", "ddp_nf4", "ddp_nf4_8bit", "ddp_loftq"])
 def test_ddp_exchanges_the_gradients_of_adapters_alone(seen, scenario):
     for result in seen(scenario):

@@ -211,6 +211,33 @@ def ddp_of(quantization: str | None, optimizer: str | None, init: str = "kaiming
     return scenario
 
 
+class Start(Callback):
+    """Keeps the factors ``A`` from before the first step."""
+
+    def on_train_start(self, trainer, pl_module):
+        layers = adapted_layers(pl_module)
+        self.A = {path: layer.adapter("default").lora_A.detach().clone() for path, layer in layers.items()}
+
+
+def start_from_data(strategy, processes: int, quantization: str | None) -> dict:
+    """Each process has its own half of every batch; one process alone has that of the first."""
+    module, watch, start = Module(), Watch(), Start()
+    run = trainer(
+        watch,
+        start,
+        lora(quantization, init="eva", eva_batches=10),
+        strategy=strategy,
+        devices=processes,
+        use_distributed_sampler=False,
+    )
+    run.fit(module, share_loader(RANK, 2))
+    return {"start": start.A, "state": watch.state}
+
+
+def ddp_from_data(_: Path) -> dict:
+    return {str(quantization): start_from_data(DDPStrategy(), 2, quantization) for quantization in (None, "nf4")}
+
+
 def ddp_by_name(_: Path) -> dict:
     module, watch = Module(), Watch()
     run = trainer(watch, strategy=LoRADDPStrategy(r=8, quantization="nf4"), devices=2)
@@ -321,6 +348,7 @@ def fsdp_refusals(_: Path) -> dict:
         "after": fit(ShardedFirst, lora(None, **settings)),
         "in part": fit(ShardedInPart, lora(None, **settings)),
         "defaults": fit(Sharded, lora(None), save_distributed_checkpoint=True),
+        "from data": fit(ShardedFirst, lora(None, init="eva", **settings)),
     }
 
 
@@ -450,6 +478,7 @@ SCENARIOS = {
     "ddp_nf4": ddp_of("nf4", None),
     "ddp_nf4_8bit": ddp_of("nf4", "paged_adamw_8bit"),
     "ddp_loftq": ddp_of("nf4", None, "loftq"),
+    "ddp_from_data": ddp_from_data,
     "ddp_by_name": ddp_by_name,
     "ddp_resumed": ddp_resumed,
     "ddp_of_unequal_bases": ddp_of_unequal_bases,
