@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from lightning_lora.metrics.update_norm import relative_update_norm
 from lightning_lora.metrics.updates import base_norms, update_factors, updates
 from lightning_lora.model.layers import adapted_layers, require_adapters
 from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.optim.report import state_tensors
 
 Values = dict[str, float]
 
@@ -218,7 +220,8 @@ class Memory(Probe):
             found[f"peak_memory_MiB/{memory_name(self._device)}"] = most / MIB
         if not self._told and self._activations is not None:
             self._told = True
-            parts = replace(holdings(self.module, self.trainer.optimizers), gradients=self._gradients).to_dict()
+            states = chain.from_iterable(map(state_tensors, self.trainer.optimizers))
+            parts = replace(holdings(self.module, states), gradients=self._gradients).to_dict()
             parts["activations"] = self._activations
             found |= {f"memory_MiB/{part}": size / MIB for part, size in parts.items()}
         return found

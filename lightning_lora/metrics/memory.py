@@ -15,7 +15,6 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_lora.model.layers import adapted_layers
@@ -93,18 +92,22 @@ class Holdings:
         return asdict(self)
 
 
-def holdings(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Holdings:
-    """Count what a model and its optimizers hold; a tensor that stands in several places once."""
+def holdings(model: nn.Module, states: Iterable[Tensor] = ()) -> Holdings:
+    """Count what a model and its optimizers hold; a tensor that stands in several places once.
+
+    Args:
+        model: With its gradients, if it has any.
+        states: The tensors of the optimizers' states.
+    """
     adapters = {id(t): t for layer in adapted_layers(model).values() for t in _tensors(layer.adapters)}
     others = {id(t): t for t in _tensors(model) if id(t) not in adapters}
     trained = {key: t for key, t in others.items() if t.requires_grad}
-    states = {id(t): t for optimizer in optimizers for t in _state(optimizer)}
     return Holdings(
         base=_bytes(t for key, t in others.items() if key not in trained),
         adapters=_bytes(adapters.values()),
         trained=_bytes(trained.values()),
         gradients=_bytes(p.grad for p in model.parameters() if p.grad is not None),
-        optimizer=_bytes(states.values()),
+        optimizer=_bytes({id(t): t for t in states}.values()),
     )
 
 
@@ -150,10 +153,6 @@ def _unpack(tensor: Tensor) -> Tensor:
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _state(optimizer: Optimizer) -> Iterator[Tensor]:
-    yield from (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

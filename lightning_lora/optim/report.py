@@ -55,7 +55,7 @@ def optimizer_report(optimizer: Optimizer) -> OptimizerReport:
         elements=sum(p.numel() for p in parameters),
         in_8bit=sum(in_8bit for in_8bit, _ in kinds),
         paged=sum(paged for _, paged in kinds),
-        state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in _tensors(optimizer)),
+        state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state_tensors(optimizer)),
     )
 
 
@@ -90,7 +90,7 @@ def _each(optimizer: Optimizer) -> Iterator[tuple[bool, bool]]:
             yield eight_bit and is_large, pages and parameter.is_cuda and parameter.numel() >= MIN_PAGED
 
 
-def _tensors(optimizer: Optimizer) -> Iterator[Tensor]:
+def state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
     """State tensors, each once: bitsandbytes' code tables are shared by all parameters."""
     if isinstance(optimizer, FlatPagedAdamW8bit):
         yield from (tensor for moments in optimizer.moments() for tensor in moments.tensors.values())

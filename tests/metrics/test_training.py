@@ -15,6 +15,7 @@ from lightning_lora.metrics.throughput import Stopwatch, Throughput, count_token
 from lightning_lora.metrics.updates import base_norms, dense_update, update_factors, updates
 from lightning_lora.model.active import activate
 from lightning_lora.model.layers import adapted_layers
+from lightning_lora.optim.report import state_tensors
 from tests.conformance.combinations import Combination, every_combination, refusal
 from tests.conftest import randomize
 
@@ -154,7 +155,7 @@ def test_what_a_run_holds_is_counted_to_the_byte():
     inject(model, "a", LoRAConfig(r=2), train="head")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
     adapters, head = 4 * 2 * (64 + 32), 4 * (32 * 4 + 4)
-    held = holdings(model, [optimizer])
+    held = holdings(model, state_tensors(optimizer))
     assert held.to_dict() == {
         "base": 4 * (64 * 32 + 32),
         "adapters": adapters,
@@ -164,7 +165,7 @@ def test_what_a_run_holds_is_counted_to_the_byte():
     }
     model["head"](model["a"](torch.randn(3, 64))).sum().backward()
     optimizer.step()
-    held = holdings(model, [optimizer])
+    held = holdings(model, state_tensors(optimizer))
     assert held.gradients == adapters + head
     assert held.optimizer == 2 * (adapters + head) + 4 * 4  # two moments, and a count of steps for each tensor
     assert holdings(quantize(model)).base == 64 * 32 // 2 + 64 * 32 // 64 + 4 * (1 + 1) + 4 * 32  # codes, maxima, bias
