@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from lightning_lora.metrics.mean import MeanOfUpdates
 
 
 def effective_rank(values: Tensor) -> Tensor:
@@ -28,23 +29,9 @@ def effective_rank(values: Tensor) -> Tensor:
     return torch.where(total.squeeze(-1) > 0, entropy.exp(), 0)
 
 
-class EffectiveRank(Metric):
+class EffectiveRank(MeanOfUpdates):
     """The mean :func:`effective_rank` of the updates it has seen, of layers or of steps."""
 
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, **settings: object) -> None:
-        super().__init__(**settings)
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, values: Tensor) -> None:
-        """Take in the singular values of one update, of shape ``(K,)``."""
-        self.total += effective_rank(values.to(self.total))
-        self.count += 1
-
-    def compute(self) -> Tensor:
-        """Return the mean."""
-        return self.total / self.count
+    def measured(self, values: Tensor) -> Tensor:
+        """Return the :func:`effective_rank` of one update."""
+        return effective_rank(values)
