@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, chunked_cross_entropy
 
 Chat = list[dict[str, str]]
 IGNORED = -100
@@ -56,15 +56,18 @@ class Chatter(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """Mean loss over the tokens of the answers."""
-        loss, *_ = self._score(batch)
+        hidden, labels = self.answers(batch)
+        # The logits of all tokens at once would be the largest tensor of the step.
+        loss = chunked_cross_entropy(hidden, self.network.get_output_embeddings(), labels)
         self.log("loss", loss.detach(), prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         """Loss and accuracy over the held-out answers, each token counted once."""
-        loss, right, count = self._score(batch)
-        self.log("held_out_loss", loss, batch_size=count)
-        self.log("held_out_accuracy", right / count, batch_size=count)
+        hidden, labels = self.answers(batch)
+        logits = self.network.get_output_embeddings()(hidden).float()
+        self.log("held_out_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log("held_out_accuracy", (logits.argmax(-1) == labels).float().mean(), batch_size=len(labels))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over every parameter: the callback narrows it to the adapters."""
@@ -73,15 +76,15 @@ class Chatter(LightningModule):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _score(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
-        """Mean loss of the answers' tokens, how many of them are the likeliest, and their number."""
+    def answers(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the output head takes, ``(tokens, width)``, and the token that follows, for the answers' tokens alone.
+
+        The head is the widest layer, so it is applied where there is a loss and nowhere else.
+        """
         hidden = self.network.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
         following = batch["labels"][:, 1:]
         asked = following != IGNORED
-        # The head, the widest layer, is applied where there is a loss and nowhere else.
-        logits = self.network.get_output_embeddings()(hidden[:, :-1][asked]).float()
-        labels = following[asked]
-        return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).sum().float(), len(labels)
+        return hidden[:, :-1][asked], following[asked]
 
 
 def read(path: Path) -> list[Chat]:

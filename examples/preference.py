@@ -6,8 +6,8 @@ That reference is usually a second copy. With adapters it is the same model with
 
 The model is the byte-level transformer that the package ships. It has read Python's standard library and takes names in
 'single' quotes to be likelier than in "double" ones; the pairs prefer those. It prints, on held-out pairs before
-and after, how often the preferred answer is the likelier one and has the higher reward, and by what margin; what the
-model writes; and that the reference computes what the base did, bit for bit, after training too.
+and after, how often the preferred answer is the likelier one and has the higher reward, and by what margin; and that
+the reference computes what the base did, bit for bit, after training too.
 """
 
 from __future__ import annotations
@@ -80,7 +80,6 @@ class Preference(LightningModule):
         self.log("held_out_likelier", likelier, batch_size=len(chosen))
         self.log("held_out_margin", (chosen - rejected).mean(), batch_size=len(chosen))
         self.log("held_out_accuracy", (chosen > rejected).float().mean(), batch_size=len(chosen))
-        self.log("held_out_loss", -F.logsigmoid(chosen - rejected).mean(), batch_size=len(chosen))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over every parameter: the callback narrows it to the adapters."""
@@ -113,13 +112,6 @@ def pairs(seed: int) -> tuple[TensorDataset, TensorDataset]:
     return dataset(made[:640]), dataset(made[640:840])
 
 
-def quotes(network: nn.Module) -> tuple[int, int]:
-    """How many double and single quotes the network writes after some prompts."""
-    prompts = (b"name = ", b"    return ", b"        mode = ", b"print(")
-    written = b"".join(network.generate(prompt, 24, seed=seed) for prompt in prompts for seed in range(4))
-    return written.count(b'"'), written.count(b"'")
-
-
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,7 +133,7 @@ def main() -> None:
     network = load_base()
     probe = held_out.tensors[0]
     with torch.no_grad():
-        base, wrote = network(probe), quotes(network)
+        base = network(probe)
 
     model = Preference(network, args.lr, args.beta)
     # merge=False: the reference is needed after training too. quantization=None: it is the base itself, not its NF4.
@@ -165,15 +157,9 @@ def main() -> None:
         with disabled(network):
             reference = network(probe)
     print("\n| held-out pairs | before | after |\n|---|---|---|")
-    shown = {
-        "loss": "loss",
-        "likelier": "preferred answer likelier",
-        "accuracy": "its reward higher",
-        "margin": "margin",
-    }
+    shown = {"likelier": "preferred answer likelier", "accuracy": "its reward higher", "margin": "margin of rewards"}
     for name, meaning in shown.items():
         print(f"| {meaning} | {before[f'held_out_{name}']:.3f} | {after[f'held_out_{name}']:.3f} |")
-    print("| double, single quotes written | {}, {} | {}, {} |".format(*wrote, *quotes(network)))
     print(f"\nreference and base agree bit for bit: {torch.equal(reference, base)}")
     print(f"largest change of a logit by the adapter: {(adapted - base).abs().max():.2f}")
 

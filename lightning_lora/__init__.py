@@ -19,6 +19,7 @@ from lightning_lora.errors import (
 from lightning_lora.io.adapter_folder import adapter_state_dict, load_adapter, save_adapter
 from lightning_lora.io.export import export_merged
 from lightning_lora.io.hub import pull_adapter, push_adapter
+from lightning_lora.io.several import load_adapters, save_adapters
 from lightning_lora.model.active import activate, delete_adapter, disabled
 from lightning_lora.model.combine import combine
 from lightning_lora.model.eva import initialize_eva
@@ -74,6 +75,7 @@ __all__ = [
     "initialize_eva",
     "inject",
     "load_adapter",
+    "load_adapters",
     "load_from_checkpoint",
     "merge",
     "param_groups",
@@ -82,6 +84,7 @@ __all__ = [
     "quantize",
     "routed",
     "save_adapter",
+    "save_adapters",
     "summary",
 ]
 

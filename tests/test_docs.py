@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+import lightning_lora
 from lightning_lora import LoRACallback
 from tests.documented import GIVEN
 
@@ -124,3 +125,8 @@ def test_every_trap_names_a_test():
     traps = [row for row in rows if not row.startswith("| situation")]
     assert len(traps) >= 35
     assert [row for row in traps if row.count("|") != 5 or "`tests/" not in row.split("|")[4]] == []
+
+
+def test_the_api_page_has_every_public_name_and_no_other():
+    listed = re.findall(r"auto(?:class|function|exception):: (\w+)", (ROOT / "docs" / "api.md").read_text())
+    assert sorted(listed) == sorted(set(lightning_lora.__all__) - {"__version__"})

@@ -41,6 +41,7 @@ NAMES = {
     "initialize_eva",
     "inject",
     "load_adapter",
+    "load_adapters",
     "load_from_checkpoint",
     "merge",
     "param_groups",
@@ -49,6 +50,7 @@ NAMES = {
     "quantize",
     "routed",
     "save_adapter",
+    "save_adapters",
     "summary",
 }
 

@@ -18,6 +18,7 @@ from lightning_lora.errors import AdapterError, TargetError, UnsupportedError, l
 from lightning_lora.io.adapter_folder import load_adapter
 from lightning_lora.io.description import describe_configs, describe_starts, differences
 from lightning_lora.io.keys import canonical
+from lightning_lora.model.biases import bias_of
 from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.merge import is_finite
@@ -103,7 +104,7 @@ def _inject(module: LightningModule, settings: Settings, device: torch.device) -
         if settings.quantization is not None:
             require_equal_bases(_dense_weights(module))
     else:
-        plan = resolve(module, settings.targets, settings.config, exclude=settings.exclude, train=settings.train)
+        plan = planned(module, settings)
         _check_base(module, plan, settings, where)
         apply(module, plan, device=where)
         _tell("left as they are", plan.left)
@@ -113,6 +114,18 @@ def _inject(module: LightningModule, settings: Settings, device: torch.device) -
         quantize(module, settings.quantization, device=where)
         require_equal_bases(_taken_off(module))
     return owners
+
+
+def planned(module: nn.Module, settings: Settings) -> Plan:
+    """What the settings ask for in this module."""
+    return resolve(
+        module,
+        settings.targets,
+        settings.config,
+        exclude=settings.exclude,
+        train=settings.train,
+        train_bias=settings.train_bias,
+    )
 
 
 def _taken_off(module: nn.Module) -> dict[str, Tensor]:
@@ -193,9 +206,10 @@ def _require_same(module: LightningModule, settings: Settings, finetune: FineTun
                 "that argument to go on with them, or start from the base model"
             )
         return
-    plan = resolve(module, settings.targets, settings.config, exclude=settings.exclude, train=settings.train)
+    plan = planned(module, settings)
     configs = {canonical(name): config for name, config in plan.layers.items()}
     whole = {id(p) for path in plan.train for p in module.get_submodule(path).parameters()}
+    whole |= {id(bias_of(module.get_submodule(path))) for path in plan.biases}
     trained = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in whole]
     configs |= {  # EVA has chosen their ranks
         name: found

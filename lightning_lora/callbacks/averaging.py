@@ -70,7 +70,8 @@ def check_norms(trainer: Trainer, module: LightningModule) -> None:
     frozen = [
         name
         for name, layer in module.named_modules()
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in layer.parameters())
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        and not any(p.requires_grad for key, p in layer.named_parameters() if key != "bias")
     ]
     if frozen:
         raise UnsupportedError(

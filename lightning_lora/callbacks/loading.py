@@ -76,11 +76,16 @@ def _plan(module: LightningModule, description: Description) -> Plan:
     methods = {name: METHODS[_of(description, "method", name)] for name in description["targets"]}
     layers = {
         live[name]: method(
-            **{field: _of(description, field, name) for field in method.decisive}, **_init(description, name)
+            **{field: _of(description, field, name) for field in method.decisive if field in description},
+            **_init(description, name),
         )
         for name, method in methods.items()
     }
-    return Plan(layers=layers, train=_live(module, description["train"]))
+    return Plan(
+        layers=layers,
+        train=_live(module, description["train"]),
+        biases=_live(module, description.get("biases", ())),
+    )
 
 
 def _live(module: LightningModule, names: Iterable[str]) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ class LoRACallback(Callback):
     Args:
         targets: Layers to adapt: ``"all-linear"`` (all but the output head), a name or glob or several, or a mapping
             from name or glob to a config, or to a dict of the fields that differ from those below, e.g. ``{"*.q_proj":
-            {"r": 8}}``.
+            {"r": 8}}``. ``[8-15]`` is a number from 8 to 15: ``"layers.[8-15].*.q_proj"``.
         r: Rank of the adapters.
         alpha: Scaling numerator: the update is multiplied by ``alpha / r``, or ``alpha / sqrt(r)`` with
             ``scaling="rslora"``.
@@ -86,6 +86,7 @@ class LoRACallback(Callback):
         scaling: ``"standard"`` or ``"rslora"``.
         exclude: Names or globs of layers to leave as they are.
         train: Names or globs of modules to train whole and save along, such as a new head.
+        train_bias: Biases to train and save along: ``"none"``, ``"adapted"`` (of layers with adapters) or ``"all"``.
         quantization: ``"nf4"``, an ``NF4Config``, or None for a base in its own precision (plain LoRA). ``"auto"`` is
             ``"nf4"`` under adapters and None for the methods without.
         optimizer: ``"paged_adamw_8bit"``, or None to keep the class ``configure_optimizers`` returns.
@@ -117,6 +118,7 @@ class LoRACallback(Callback):
         scaling: str = "standard",
         exclude: str | Iterable[str] = (),
         train: str | Iterable[str] = (),
+        train_bias: str = "none",
         quantization: str | NF4Config | None = "auto",
         optimizer: str | None = "paged_adamw_8bit",
         lr_ratio: float = 1.0,
@@ -140,6 +142,7 @@ class LoRACallback(Callback):
             config=config,
             exclude=as_tuple(exclude),
             train=as_tuple(train),
+            train_bias=train_bias,
             quantization=as_quantization(quantization, method),
             adapter=adapter,
         )
@@ -224,7 +227,7 @@ class LoRACallback(Callback):
             if isinstance(module, nn.modules.batchnorm._NormBase)
             and not finetune.trains(name)
             and module.track_running_stats
-            and not any(p.requires_grad for p in module.parameters())
+            and not any(p.requires_grad for key, p in module.named_parameters() if key != "bias")
         ]
         for name in frozen:
             pl_module.get_submodule(name).eval()

@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any
 
 from lightning_lora.errors import listing
+from lightning_lora.model.biases import TRAIN_BIAS
 from lightning_lora.model.targets import ALL_LINEAR
 from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
@@ -38,6 +39,7 @@ class Settings:
         config: The config of targets that have none of their own.
         exclude: Patterns of layers to leave as they are.
         train: Patterns of modules to train whole.
+        train_bias: Biases to train: of no, of adapted or of all layers.
         quantization: How to store the base; None leaves it as it is.
         adapter: Folder of a saved adapter that brings its own targets and configs.
 
@@ -51,10 +53,12 @@ class Settings:
     config: Config
     exclude: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
+    train_bias: str = "none"
     quantization: NF4Config | None = None
     adapter: str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
+        check_choice("train_bias", self.train_bias, TRAIN_BIAS)
         if self.has_adapters:
             self._check_adapters()
         else:
@@ -89,6 +93,7 @@ class Settings:
         changed = [f.name for f in fields(self.config) if getattr(self.config, f.name) != getattr(default, f.name)]
         changed += ["method"] if self.config.method != "lora" else []
         changed += ["exclude"] if self.exclude else []
+        changed += ["train_bias"] if self.train_bias != "none" else []
         return changed + (["targets"] if self.targets != ALL_LINEAR else [])
 
     @property

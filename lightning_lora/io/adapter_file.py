@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from lightning_lora.io.dtypes import DTYPES
 from lightning_lora.io.keys import adapter_key, split_adapter_key
 from lightning_lora.io.notes import tell
 from lightning_lora.model.merge import is_finite
+from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.fingerprint import sha256
 
 AGAIN = "Put back what was saved, or copy the folder again from where it came from"
@@ -49,12 +50,16 @@ class AdapterFile:
     """A parsed adapter folder: its settings, its tensors by layer, and all other tensors by name.
 
     As :func:`read` returns it, the tensors are on the meta device: shapes and dtypes, as the file says they are.
+    ``configs`` are those of layers whose settings are not as they are here, and ``biases`` those that are trained, by
+    layer; both are told apart once there is a model.
     """
 
     settings: Mapping[str, Any]
     adapters: Mapping[str, Mapping[str, Tensor]]
     others: Mapping[str, Tensor]
     metadata: Mapping[str, Any] | None
+    configs: Mapping[str, AdapterConfig] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def write(
@@ -122,6 +127,12 @@ def read(folder: Path) -> AdapterFile:
     absent = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
     if WEIGHTS in absent and any(p.suffix in _PICKLES for p in folder.iterdir()):
         raise AdapterError(_PICKLE.format(folder))
+    inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+    if len(absent) == 2 and inside:
+        raise AdapterError(
+            f"holds several adapters, each in a folder of its own: {listing(inside)}. Pass that folder, or use "
+            "load_adapters(model, folder)"
+        )
     if absent:
         raise AdapterError(f"{listing(absent)} is missing; a complete adapter has both {CONFIG} and {WEIGHTS}. {AGAIN}")
     with _opened(folder / WEIGHTS) as file:

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterError, listing
-from lightning_lora.io import adapter_file, peft
+from lightning_lora.io import adapter_file, attention, biases, peft, readers, vera
 from lightning_lora.io.adapter_file import AdapterFile
-from lightning_lora.io.attention import PEFT_VERSION, is_packed, pack_configs, pack_tensors, unpacked
-from lightning_lora.io.description import describe, describe_configs
+from lightning_lora.io.attention import PEFT_VERSION, is_packed
+from lightning_lora.io.description import describe, describe_configs, storage, storage_in
 from lightning_lora.io.experts import pack_stacks, stack_paths, unpacked_stacks
 from lightning_lora.io.fingerprint import base_fingerprint, to_json
-from lightning_lora.io.fitting import check_base, plan_for, require_same
+from lightning_lora.io.fitting import check_base, plan_for, require_free, require_same
 from lightning_lora.io.keys import PREFIX, adapter_key, canonical, leaves, shape_on_disk, trained_key
 from lightning_lora.io.model_card import write_card
+from lightning_lora.io.notes import tell
+from lightning_lora.model.biases import bias_of, trained_biases
 from lightning_lora.model.inject import apply, check_name
 from lightning_lora.model.layers import adapted_layers, require_adapters
 from lightning_lora.model.merge import is_finite
@@ -42,7 +44,8 @@ def save_adapter(
     Layers are named as in ``model``: pass the module you will load the adapter into. Each file is complete or absent,
     and a reader of ours notices if the two are from different saves, if a byte of a tensor has changed, and if the
     adapter is loaded over other base weights. An adapter that started in the base weight (PiSSA, OLoRA, LoftQ) is
-    written as the plain LoRA of twice its rank that makes the same change to the original base.
+    written as the plain LoRA of twice its rank that makes the same change to the original base. What other programs
+    that serve adapters (vLLM, llama.cpp) cannot take of it is logged, in a line for each.
 
     Args:
         model: A model with adapters.
@@ -58,10 +61,11 @@ def save_adapter(
     layers = {path: layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
     configs = {canonical(path): adapter.config for path, adapter in plain_adapters(model, name).items()}
     settings = peft.to_peft(
-        pack_configs(model, configs),
+        vera.pack_configs(model, attention.pack_configs(model, configs)),
         names=_module_names(model),
         parameters=stack_paths(model),
         train=map(canonical, trained_modules(model, name)),
+        bias=biases.choice_of(model, name),
         transposed=any(isinstance(layer.kind, LinearKind) and layer.kind.transposed for layer in layers.values()),
     )
     if any(is_packed(model, path) for path in layers):
@@ -77,7 +81,7 @@ def save_adapter(
         describe(model, name)
         | describe_configs(configs)
         | {
-            "dropout": settings["lora_dropout"],
+            "dropout": peft.dropout_in(settings),
             "base_fingerprint": to_json(base_fingerprint({canonical(path): layer for path, layer in layers.items()})),
         }
     )
@@ -85,6 +89,8 @@ def save_adapter(
     if model_card:
         origin = getattr(getattr(model, "config", None), "_name_or_path", None)  # as Hugging Face's models keep it
         write_card(Path(path), metadata, type(model).__name__, origin or None)
+    for line in readers.limits(settings, tensors):
+        tell(f"{path}: {line}")
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -95,22 +101,27 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
             trained module.
     """
     found: dict[str, Tensor] = {}
-    layers = adapter_tensors(model, name)
+    adapters, layers = plain_adapters(model, name), adapter_tensors(model, name)
+    configs = {canonical(path): adapter.config for path, adapter in adapters.items()}
+    attention.pack_configs(model, configs)  # refuses what the format cannot say of an attention
     stacks = stack_paths(model)
     for path, tensors in layers.items():
         if not is_packed(model, path) and canonical(path) not in stacks:
-            found |= _on_disk(path, adapted_layers(model)[path].kind, tensors)
+            found |= _on_disk(path, adapters[path].kind, adapters[path].config.method, tensors)
     by_name = {canonical(path): tensors for path, tensors in layers.items()}
-    for path, tensors in (pack_tensors(model, by_name) | pack_stacks(model, by_name)).items():
+    for path, tensors in (attention.pack_tensors(model, by_name) | pack_stacks(model, by_name)).items():
         found |= {adapter_key(path, leaf): tensor for leaf, tensor in tensors.items()}
+    found |= vera.pack_tensors(model, configs, layers)
     whole = trained_modules(model, name)
     held = {id(parameter) for module in whole for parameter in model.get_submodule(module).parameters()}
+    held |= {id(bias_of(model.get_submodule(path))) for path in trained_biases(model, name)}
     stray = [path for path in trained_outside_adapters(model) if id(model.get_parameter(path)) not in held]
     if stray:
         raise AdapterError(
             f"{listing(stray)} is trained but part of no adapter, so an adapter folder cannot hold it. Name its module "
             "in train="
         )
+    found |= biases.bias_tensors(model, name)
     for module in whole:
         state = model.get_submodule(module).state_dict()
         found |= {trained_key(f"{module}.{key}"): tensor.detach() for key, tensor in state.items()}
@@ -143,14 +154,14 @@ def load_adapter(
     folder = Path(path)
     try:
         outline = adapter_file.read(folder)
-        file = unpacked_stacks(model, unpacked(model, outline))
-        plan = plan_for(model, file)
-        present = any(name in layer.adapters for layer in adapted_layers(model).values())
-        if present:
+        file = as_here(model, outline)
+        check_base(model, plan_for(model, file), file, folder, allow_mismatch=allow_base_mismatch)
+        file = as_here(model, adapter_file.load(folder, outline))
+        plan = plan_for(model, file)  # again: without our header, some of it is known from the values alone
+        require_free(model, file, name)
+        if any(name in layer.adapters for layer in adapted_layers(model).values()):
             require_same(model, plan, name)
-        check_base(model, plan, file, folder, allow_mismatch=allow_base_mismatch)
-        file = unpacked_stacks(model, unpacked(model, adapter_file.load(folder, outline)))
-        if not present:
+        else:
             apply(model, plan, name=name)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
@@ -158,24 +169,34 @@ def load_adapter(
     return model
 
 
+def as_here(model: nn.Module, file: AdapterFile) -> AdapterFile:
+    """Return a file as it was read with everything in it as it is here, rather than in PEFT.
+
+    Raises:
+        AdapterError: If something in it has no place in the model.
+    """
+    file = unpacked_stacks(model, attention.unpacked(model, file))
+    return biases.separated(model, vera.unpacked(model, file))
+
+
 @torch.no_grad()
 def fill(adapter: Adapter, kind: Kind, tensors: Mapping[str, Tensor]) -> None:
     """Copy an adapter's tensors, by their on-disk names, into it."""
-    names = leaves(kind)
+    names = leaves(kind, adapter.config.method)
     for key, parameter in adapter.named_parameters():
         parameter.copy_(tensors[names[key]].reshape(parameter.shape))
 
 
-def _on_disk(path: str, kind: Kind, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _on_disk(path: str, kind: Kind, method: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(kind, ConvKind) and kind.groups > 1:
         raise AdapterError(
             f"{path} is a convolution in {kind.groups} groups. PEFT's adapter on such a layer is another function "
             "(every group sees all channels), so its format cannot hold this one. merge(model) and save the model"
         )
-    rank = len(tensors["lora_A"])
+    names = leaves(kind, method)
+    rank = len(tensors["vera_lambda_d" if method == "vera" else "lora_A"])
     return {
-        adapter_key(path, leaf): tensors[key].reshape(shape_on_disk(kind, key, rank))
-        for key, leaf in leaves(kind).items()
+        adapter_key(path, leaf): tensors[key].reshape(shape_on_disk(kind, key, rank)) for key, leaf in names.items()
     }
 
 
@@ -183,10 +204,17 @@ def _on_disk(path: str, kind: Kind, tensors: Mapping[str, Tensor]) -> dict[str, 
 def _fill(model: nn.Module, file: AdapterFile, name: str) -> None:
     for path, layer in adapted_layers(model).items():
         if name in layer.adapters:
-            fill(layer.adapter(name), layer.kind, file.adapters[canonical(path)])
+            adapter, stored = layer.adapter(name), storage_in(file.metadata, canonical(path))
+            adapter.trained_over = None if stored == storage(layer.base_layer) else stored
+            fill(adapter, layer.kind, file.adapters[canonical(path)])
     state = {canonical(key): tensor for key, tensor in model.state_dict().items()}
     for key, tensor in file.others.items():
         state[key.removeprefix(PREFIX)].copy_(tensor)
+    live = {canonical(path): path for path in trained_biases(model, name)}
+    for path, tensor in file.biases.items():
+        bias = bias_of(model.get_submodule(live[path]))
+        assert bias is not None
+        bias.copy_(tensor)
 
 
 def _module_names(model: nn.Module) -> Iterable[str]:

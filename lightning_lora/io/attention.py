@@ -32,6 +32,7 @@ from lightning_lora.io.keys import canonical
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.attention import PROJECTIONS, SplitAttention
 from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.lora_fa import LoRAFAConfig
 
 Tensors = Mapping[str, Tensor]
 _IN, _OUT = PROJECTIONS[:3], PROJECTIONS[3]
@@ -131,10 +132,10 @@ def _unpacked_in(widths: Mapping[str, int], file: AdapterFile) -> AdapterFile:
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for path, width in widths.items():
-        if path not in adapters:
+        if path not in adapters or file.settings.get("peft_type") != "LORA":
             continue
         pairs = {p: adapters.pop(p, {}) for p in (path, path + _INSIDE)}
-        whole = peft.from_peft(file.settings, [path])[path]
+        whole = _whole(file, path)
         _check_version(file.settings.get("peft_version"))
         _check_shapes(pairs, whole.r, width)
         configs = _configs_in(file.metadata, path, whole)
@@ -150,10 +151,23 @@ def _unpacked_in(widths: Mapping[str, int], file: AdapterFile) -> AdapterFile:
     return replace(file, settings=settings, adapters=adapters)
 
 
+def _whole(file: AdapterFile, path: str) -> LoRAConfig:
+    config = peft.from_peft(file.settings, [path])[path]
+    if not isinstance(config, LoRAConfig):
+        raise AdapterError(f"it has {config.method} on the attention {path}, where PEFT has LoRA alone")
+    return config
+
+
 def _packed_config(path: str, configs: Mapping[str, AdapterConfig]) -> LoRAConfig:
-    loras = {name: config for name, config in configs.items() if isinstance(config, LoRAConfig)}
+    loras = {name: config for name, config in configs.items() if isinstance(config, LoRAConfig | LoRAFAConfig)}
     scales = sorted({config.scale for config in loras.values()})
-    if len(loras) < len(configs) or len(scales) > 1:
+    others = {name: config.method for name, config in configs.items() if name not in loras}
+    if others:
+        raise AdapterError(
+            f"PEFT's format has LoRA alone on an attention, and {path} has {listing(sorted(set(others.values())))} on "
+            f"{listing(others)}. merge(model) and save the model"
+        )
+    if len(scales) > 1:
         raise AdapterError(
             f"PEFT's format has one LoRA with one scaling for all of {path}, and {listing(configs)} have "
             f"{listing(map(str, scales))}. Give the projections of an attention equal alpha / r"

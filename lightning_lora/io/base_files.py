@@ -105,7 +105,7 @@ class BaseFiles:
         for name in self.outline:
             path, _, leaf = name.rpartition(".")
             try:
-                _container(root, path).register_buffer(leaf, self.outline[name])
+                _put_tensor(_container(root, path), leaf, self.outline[name])
             except (KeyError, TypeError, AttributeError) as error:
                 raise AdapterError(
                     f"{self.folder} holds {name!r}, which cannot be the name of a tensor ({error})"
@@ -212,6 +212,14 @@ def _container(root: nn.Module, path: str) -> nn.Module:
             module.add_module(name, BaseModel())
         module = module.get_submodule(name)
     return module
+
+
+def _put_tensor(module: nn.Module, leaf: str, outline: Tensor) -> None:
+    """A bias is a parameter, also where the layer it belongs to is not known: biases may be trained."""
+    if leaf == "bias" and outline.ndim == 1 and outline.is_floating_point():
+        module.register_parameter(leaf, nn.Parameter(outline, requires_grad=False))
+    else:
+        module.register_buffer(leaf, outline)
 
 
 def _put(root: nn.Module, path: str, layer: nn.Module) -> None:

@@ -114,7 +114,7 @@ def _compare(sealed: Any, checkpoint: Mapping[str, Any], path: object) -> None:
     lost, extra = sorted(sums.keys() - state.keys()), sorted(state.keys() - sums.keys())
     if lost or extra:
         raise CheckpointError(
-            f"{path} lacks {listing(lost) or 'nothing'} and has beyond its adapter {listing(extra) or 'nothing'}"
+            f"{path} lacks {listing(lost) or 'nothing'} and has beyond what is trained {listing(extra) or 'nothing'}"
         )
     changed = [key for key, tensor in state.items() if sha256(tensor) != sums[key]]
     changed += ["its description"] if sealed.get("description") != _described(checkpoint[KEY]) else []

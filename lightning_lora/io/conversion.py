@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,20 @@ from lightning_lora.errors import AdapterError, CheckpointError, listing
 from lightning_lora.io import adapter_file, peft
 from lightning_lora.io.adapter_file import CONFIG
 from lightning_lora.io.atomic import replacing
-from lightning_lora.io.attention import unpacked_alone
 from lightning_lora.io.checkpoint_file import read_checkpoint, refused, seal
 from lightning_lora.io.description import CHANCE, KEY, VERSION, Description, describe_configs
 from lightning_lora.io.fitting import configs_of
-from lightning_lora.io.inspection import adapter_in, factors, of_layer, read_adapter, require_adapters_in
-from lightning_lora.io.keys import PREFIX, adapter_key, trained_key
-from lightning_lora.nn.decompose import Pair
+from lightning_lora.io.inspection import adapter_in, of_layer, read_adapter, require_adapters_in, unpacked_alone
+from lightning_lora.io.keys import PREFIX, adapter_key, by_parameter, leaves_over, trained_key
+from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.linear import LinearKind
 from lightning_lora.nn.lora import LoRA, LoRAConfig
+from lightning_lora.nn.lora_fa import LoRAFAConfig
+from lightning_lora.nn.low_rank import LowRankConfig
+from lightning_lora.nn.vera import VeRAConfig
 
-_LEAVES = {
-    "linear": ("lora_A.weight", "lora_B.weight"),
-    "transposed linear": ("lora_A.weight", "lora_B.weight"),
-    "embedding": ("lora_embedding_A", "lora_embedding_B"),
-}
+_KINDS = {"linear": "linear", "transposed linear": "linear", "embedding": "embedding"}
+_METHODS = {config.method: config for config in (LoRAConfig, DoRAConfig, LoRAFAConfig)}
 _PICKLED = "adapter_model.bin"
 
 
@@ -50,7 +49,8 @@ def checkpoint_to_folder(path: Path, folder: Path, prefix: str | None = None) ->
     checkpoint = read_checkpoint(path)
     require_adapters_in(checkpoint, path)
     entry, state = checkpoint[KEY], checkpoint["state_dict"]
-    names = [*entry["targets"], *entry["train"]]
+    biases = entry.get("biases", [])
+    names = [*entry["targets"], *entry["train"], *biases]
     prefix = _common(names) if prefix is None else prefix
     strangers = [name for name in names if not name.startswith(prefix)]
     if strangers:
@@ -58,22 +58,23 @@ def checkpoint_to_folder(path: Path, folder: Path, prefix: str | None = None) ->
     kinds = {name: of_layer(entry.get("kinds", "linear"), name) for name in entry["targets"]}
     _require_convertible(entry, kinds)
     short = {name: name.removeprefix(prefix) for name in names}
-    loras = {name: _plain(entry, name, adapter_in(state, name)) for name in entry["targets"]}
-    configs = {name: config for name, (config, _) in loras.items()}
+    plain = {name: _plain(entry, name, adapter_in(state, name)) for name in entry["targets"]}
+    configs = {name: config for name, (config, _) in plain.items()}
     settings = peft.to_peft(
         {short[name]: config for name, config in configs.items()},
         names=[*short.values()],
         train=[short[name] for name in entry["train"]],
+        bias=_choice(biases, entry["targets"]),
         transposed="transposed linear" in kinds.values(),
     )
     # The names of all other modules are not known here, so that a brief target could match too many.
     settings["target_modules"] = sorted(short[name] for name in entry["targets"])
     tensors = {
-        adapter_key(short[name], leaf): factor
+        adapter_key(short[name], leaf): plain[name][1][key]
         for name, kind in kinds.items()
-        for leaf, factor in zip(_LEAVES[kind], loras[name][1], strict=True)
+        for key, leaf in leaves_over(_KINDS[kind], configs[name].method).items()
     }
-    whole = tuple(f"{name}." for name in entry["train"])
+    whole = (*(f"{name}." for name in entry["train"]), *_bias_keys(biases, entry["targets"]))
     tensors |= {trained_key(key.removeprefix(prefix)): tensor for key, tensor in state.items() if key.startswith(whole)}
     adapter_file.write(folder, tensors, settings, _metadata(entry, short, configs))
     return prefix
@@ -90,16 +91,24 @@ def folder_to_checkpoint(folder: Path, path: Path, prefix: str = "") -> None:
     file = unpacked_alone(read_adapter(folder))
     metadata = file.metadata or {}
     configs = {f"{prefix}{name}": config for name, config in configs_of(file).items()}
+    if any(isinstance(config, VeRAConfig) for config in configs.values()):
+        raise AdapterError(
+            f"{folder}: it holds VeRA, of which the sizes of the model's layers say which elements are a layer's own, "
+            "so it cannot be converted without the model. Load it there: load_adapter(model, folder), or "
+            "LoRACallback(adapter=folder)"
+        )
     _require_on_original(folder, metadata)
     state: dict[str, Tensor] = {}
     for name, tensors in file.adapters.items():
-        for letter, tensor in zip("AB", factors(tensors), strict=True):
-            state[f"{prefix}{name}.adapters.default.lora_{letter}"] = tensor.clone()
+        for key, tensor in by_parameter(tensors).items():
+            state[f"{prefix}{name}.adapters.default.{key}"] = tensor.clone()
     state |= {f"{prefix}{key.removeprefix(PREFIX)}": tensor for key, tensor in file.others.items()}
+    state |= dict(zip(_bias_keys([prefix + name for name in file.biases], configs), file.biases.values(), strict=True))
     entry: Description = {
         "version": VERSION,
         **describe_configs(configs),
         "train": sorted(prefix + name for name in file.settings.get("modules_to_save") or []),
+        "biases": sorted(prefix + name for name in file.biases),
         "quantization": _renamed(metadata.get("quantization", "none"), prefix),
         "optimizers": [],
     }
@@ -142,12 +151,15 @@ def unpickle(path: Path, folder: Path) -> None:
     adapter_file.write_foreign(folder, tensors, settings)
 
 
-def _metadata(entry: Mapping[str, Any], short: Mapping[str, str], configs: Mapping[str, LoRAConfig]) -> dict[str, Any]:
+def _metadata(
+    entry: Mapping[str, Any], short: Mapping[str, str], configs: Mapping[str, LowRankConfig]
+) -> dict[str, Any]:
     kept = {
         "version": VERSION,
         **describe_configs({short[name]: config for name, config in configs.items()}),
         "dropout": 0.0,
         "train": [short[name] for name in entry["train"]],
+        "biases": [short[name] for name in entry.get("biases", [])],
     }
     for field in ("kinds", "start", "quantization", "base_fingerprint"):
         value = entry.get(field)
@@ -167,12 +179,22 @@ def _renamed(value: Any, prefix: str) -> Any:
 def _require_convertible(entry: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
     """Refuse what a folder holds in another form, which depends on the model."""
     methods = {name: of_layer(entry["method"], name) for name in kinds}
-    odd = [f"{name} ({kind})" for name, kind in kinds.items() if kind not in _LEAVES]
-    odd += [f"{name} (method {method!r})" for name, method in methods.items() if method != LoRAConfig.method]
+    odd = [f"{name} ({kind})" for name, kind in kinds.items() if kind not in _KINDS]
+    odd += [f"{name} (method {method!r})" for name, method in methods.items() if method not in _METHODS]
     if odd:
         raise CheckpointError(
             f"{listing(odd)} cannot be converted without the model. Use load_from_checkpoint(...) and save_adapter(...)"
         )
+
+
+def _choice(biases: Sequence[str], adapted: Iterable[str]) -> str:
+    """Which biases were trained, from those that were: they are all, or all of adapted layers."""
+    return "none" if not biases else "adapted" if set(biases) <= set(adapted) else "all"
+
+
+def _bias_keys(biases: Iterable[str], adapted: Container[str]) -> list[str]:
+    """Names of biases in a checkpoint."""
+    return [f"{name}.base_layer.bias" if name in adapted else f"{name}.bias" for name in biases]
 
 
 def _require_on_original(folder: Path, metadata: Mapping[str, Any]) -> None:
@@ -185,18 +207,20 @@ def _require_on_original(folder: Path, metadata: Mapping[str, Any]) -> None:
         )
 
 
-def _plain(entry: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]) -> tuple[LoRAConfig, Pair]:
+def _plain(
+    entry: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]
+) -> tuple[LowRankConfig, Mapping[str, Tensor]]:
     """One layer's adapter as a folder has it: a plain LoRA over the original base, also where it started in that."""
     start = of_layer(entry.get("start", CHANCE), name)
     given = {field: of_layer(entry[field], name) for field in ("r", "alpha", "scaling")}
     lora_A, lora_B = tensors["lora_A"], tensors["lora_B"]
     if "lora_A0" not in tensors:
-        return LoRAConfig(**given), (lora_A, lora_B)
+        return _METHODS[of_layer(entry["method"], name)](**given), tensors
     config = LoRAConfig(**given, init=start)
     adapter = LoRA(config, LinearKind(lora_A.shape[1], lora_B.shape[0]), device=lora_A.device, dtype=lora_A.dtype)
     adapter.load_state_dict({key: tensors[key] for key in ("lora_A", "lora_B", "lora_A0", "lora_B0")})
     plain = adapter.plain()
-    return plain.config, (plain.lora_A.detach(), plain.lora_B.detach())
+    return plain.config, {"lora_A": plain.lora_A.detach(), "lora_B": plain.lora_B.detach()}
 
 
 def _refuse_bomb(path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.io.keys import canonical
+from lightning_lora.model.biases import trained_biases
 from lightning_lora.model.layers import require_adapters
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.nn.adapter import AdapterConfig
@@ -37,18 +38,20 @@ def describe(model: nn.Module, name: str = "default") -> Description:
     Returns:
         ``version``, ``method``, the method's decisive fields such as ``r``, ``alpha`` and ``scaling``, ``start``,
         ``kinds`` of layers (each one value, or a mapping from layer to value where layers differ), ``targets`` (adapted
-        layers), ``train`` (modules trained whole) and ``quantization`` (how the base is stored).
+        layers), ``train`` (modules trained whole), ``biases`` (layers whose bias is trained) and ``quantization`` (how
+        the base is stored).
     """
     found = {path: layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
     layers = {canonical(path): layer for path, layer in found.items()}
     configs = {path: layer.adapter(name).config for path, layer in layers.items()}
-    stored = {path: _storage(layer.base_layer) for path, layer in layers.items()}
+    stored = {path: storage(layer.base_layer) for path, layer in layers.items()}
     return {
         "version": VERSION,
         **describe_configs(configs),
         **describe_starts(configs),
         "kinds": _collapse({canonical(path): _kind(model, path, layer.kind) for path, layer in found.items()}),
         "train": sorted(map(canonical, trained_modules(model, name))),
+        "biases": sorted(map(canonical, trained_biases(model, name))),
         "quantization": _collapse(stored),
     }
 
@@ -76,6 +79,18 @@ def describe_starts(configs: Mapping[str, AdapterConfig]) -> Description:
     return {"start": _collapse(starts)} if starts else {}
 
 
+def storage(base: nn.Module) -> str:
+    """How a base layer is stored, as a description has it."""
+    return base.storage if isinstance(base, QuantizedLinear) else "none"
+
+
+def storage_in(description: Mapping[str, Any] | None, path: str) -> str | None:
+    """How a description says that a layer was stored, or None where it does not say."""
+    stored = (description or {}).get("quantization")
+    stored = stored.get(path) if isinstance(stored, dict) else stored
+    return stored if isinstance(stored, str) else None
+
+
 def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Say in words where two descriptions differ, for the keys both have: ``r is 8 in the file and 16 here``."""
     found = []
@@ -88,10 +103,6 @@ def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
             else:
                 found.append(f"{key} is {_brief(theirs)} there and {_brief(ours)} here")
     return found
-
-
-def _storage(base: nn.Module) -> str:
-    return base.storage if isinstance(base, QuantizedLinear) else "none"
 
 
 def _are_names(value: Any) -> bool:

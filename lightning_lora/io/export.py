@@ -18,6 +18,7 @@ from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.dtypes import NAMES
 from lightning_lora.io.keys import canonical
 from lightning_lora.io.shards import Part, write_shards
+from lightning_lora.model.biases import trained_biases
 from lightning_lora.model.layers import adapter_names, require_adapters
 from lightning_lora.model.merge import merged
 from lightning_lora.model.parameters import trained_modules
@@ -105,6 +106,7 @@ def _parts(model: nn.Module, dtype: torch.dtype | None) -> Iterator[Part]:
     places = {name: module for name, module in model.named_modules(remove_duplicate=False) if module in found}
     _refuse_quantized(model, found)
     whole = tuple(f"{path}." for name in adapter_names(model) for path in trained_modules(model, name))
+    whole += tuple(f"{path}.bias" for name in adapter_names(model) for path in trained_biases(model, name))
     written: set[str] = set()
     for key, value in model.state_dict().items():
         place = next((prefix for prefix in _prefixes(key) if prefix in places), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lightning_lora.errors import AdapterError, listing
@@ -14,17 +15,19 @@ from lightning_lora.io.description import describe, describe_configs, difference
 from lightning_lora.io.fingerprint import compare
 from lightning_lora.io.keys import PREFIX, canonical, leaves, shape_on_disk
 from lightning_lora.io.notes import tell
-from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.layers import adapted_layers, adapter_names
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.split import layer_at, named_layers, part_names
 from lightning_lora.model.targets import Plan
 from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.attention import SplitAttention
 from lightning_lora.nn.conv import ConvKind
 from lightning_lora.nn.kinds import has_kind, kind_of, why_not_adaptable
 from lightning_lora.nn.linear import LinearKind
-from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.low_rank import LowRankConfig
 from lightning_lora.nn.split import Split
+from lightning_lora.nn.vera import VeRAConfig
 
 
 def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
@@ -34,9 +37,9 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
         AdapterError: If a tensor has no place, a layer no tensor, or a shape differs.
     """
     live = {canonical(path): path for path, _ in named_layers(model)}
-    incomplete = [path for path, tensors in file.adapters.items() if len(tensors) != 2]
+    incomplete = [path for path, tensors in file.adapters.items() if len(tensors) < 2]
     if incomplete:
-        raise AdapterError(f"{listing(incomplete)} has only one of lora_A and lora_B. {AGAIN}")
+        raise AdapterError(f"{listing(incomplete)} has only one of {' and '.join(_factors(file))}. {AGAIN}")
     if not file.adapters:
         raise AdapterError(f"{WEIGHTS} holds no adapter. {AGAIN}")
     absent = [path for path in file.adapters if path not in live]
@@ -67,21 +70,22 @@ def plan_for(model: nn.Module, file: AdapterFile) -> Plan:
     _check_trained(model, whole, file)
     train = tuple(live[module] for module in whole)
     order = {path: index for index, path in enumerate(live)}
-    return Plan(layers={live[path]: configs[path] for path in sorted(configs, key=order.__getitem__)}, train=train)
+    layers = {live[path]: configs[path] for path in sorted(configs, key=order.__getitem__)}
+    return Plan(layers=layers, train=train, biases=tuple(live[path] for path in file.biases))
 
 
-def configs_of(file: AdapterFile) -> dict[str, LoRAConfig]:
+def configs_of(file: AdapterFile) -> dict[str, AdapterConfig]:
     """Return the config of each layer of a file.
 
     Raises:
         AdapterError: If a setting is broken, or is not what the header of the weights says it was.
     """
     try:
-        configs = peft.from_peft(file.settings, file.adapters)
+        configs = dict(file.configs or peft.from_peft(file.settings, file.adapters, file.metadata))
     except AdapterError as error:
         raise AdapterError(f"{CONFIG}: {error}. {AGAIN}") from None
     if file.metadata is not None:
-        dropout = float(file.settings.get("lora_dropout") or 0.0)
+        dropout = float(peft.dropout_in(file.settings))
         apart = differences(file.metadata, describe_configs(configs) | {"dropout": dropout})
         if apart:
             raise AdapterError(
@@ -94,10 +98,29 @@ def configs_of(file: AdapterFile) -> dict[str, LoRAConfig]:
 def require_same(model: nn.Module, plan: Plan, name: str) -> None:
     """Raise ``AdapterError`` unless adapter ``name`` of the model is of the same kind as the planned one."""
     here = describe(model, name) | {"train": _keys_of(model, trained_modules(model, name))}
-    theirs = describe_configs({canonical(p): c for p, c in plan.layers.items() if isinstance(c, LoRAConfig)})
-    apart = differences(theirs | {"train": _keys_of(model, plan.train)}, here)
+    along = {"train": _keys_of(model, plan.train), "biases": sorted(map(canonical, plan.biases))}
+    theirs = describe_configs({canonical(path): config for path, config in plan.layers.items()})
+    apart = differences(theirs | along, here)
     if apart:
         raise AdapterError(f"the model already has an adapter {name!r} of another kind: {'; '.join(apart)}")
+
+
+def require_free(model: nn.Module, file: AdapterFile, name: str) -> None:
+    """Refuse to overwrite a module that is trained whole along with another adapter: there is one for all of them.
+
+    Raises:
+        AdapterError: Naming the module's tensors, unless they are equal.
+    """
+    state = {canonical(key): value for key, value in model.state_dict().items()}
+    for other in (other for other in adapter_names(model) if other != name):
+        inside = tuple(f"{canonical(module)}." for module in trained_modules(model, other))
+        taken = [key.removeprefix(PREFIX) for key in file.others if key.removeprefix(PREFIX).startswith(inside)]
+        changed = [key for key in taken if not torch.equal(state[key], file.others[PREFIX + key].to(state[key]))]
+        if changed:
+            raise AdapterError(
+                f"{listing(changed)} is trained along with adapter {other!r}, which is in the model already, and would "
+                "be overwritten: there is one such module for all adapters. Load this one into a copy of the base"
+            )
 
 
 def check_base(model: nn.Module, plan: Plan, file: AdapterFile, folder: Path, *, allow_mismatch: bool) -> None:
@@ -146,7 +169,7 @@ def _is_transposed(layer: nn.Module) -> bool:
 
 
 def _check_shapes(
-    model: nn.Module, live: Mapping[str, str], configs: Mapping[str, LoRAConfig], file: AdapterFile
+    model: nn.Module, live: Mapping[str, str], configs: Mapping[str, AdapterConfig], file: AdapterFile
 ) -> None:
     for path, config in configs.items():
         layer = layer_at(model, live[path])
@@ -157,15 +180,24 @@ def _check_shapes(
             raise AdapterError(
                 f"{path} is a convolution in {kind.groups} groups, whose adapter is another function here"
             )
-        for tensor, leaf in leaves(kind).items():
+        assert isinstance(config, LowRankConfig | VeRAConfig)
+        try:
+            kind.check(config)
+        except ValueError as error:
+            raise AdapterError(f"{path}: {error}") from None
+        rank, names = config.r, leaves(kind, config.method)
+        for tensor, leaf in names.items():
             if leaf not in file.adapters[path]:
                 raise AdapterError(f"{path} is a {type(layer).__name__} and the file has no {leaf} for it")
-            found, shape = tuple(file.adapters[path][leaf].shape), shape_on_disk(kind, tensor, config.r)
+            found, shape = tuple(file.adapters[path][leaf].shape), shape_on_disk(kind, tensor, rank)
             if found != shape:
                 raise AdapterError(
-                    f"{path}.{tensor} has shape {found}, expected {shape} for r={config.r} over this layer. "
+                    f"{path}.{tensor} has shape {found}, expected {shape} for r={rank} over this layer. "
                     "Load it into a model of the sizes it was trained on; if it is one, the file is damaged"
                 )
+        beyond = sorted(file.adapters[path].keys() - set(names.values()))
+        if beyond:
+            raise AdapterError(f"{path} has {listing(beyond)} in the file, which {config.method} does not. {AGAIN}")
 
 
 def _trained_whole(live: Mapping[str, str], file: AdapterFile) -> tuple[str, ...]:
@@ -205,6 +237,11 @@ def _check_trained(model: nn.Module, whole: tuple[str, ...], file: AdapterFile) 
     lacking = [key for key in state if key.startswith(inside) and key not in trained]
     if lacking:
         raise AdapterError(f"{WEIGHTS} lacks {listing(lacking)} of a module named in modules_to_save")
+
+
+def _factors(file: AdapterFile) -> tuple[str, str]:
+    vera = file.settings["peft_type"] == "VERA"
+    return ("vera_lambda_b", "vera_lambda_d") if vera else ("lora_A", "lora_B")
 
 
 def _keys_of(model: nn.Module, modules: Iterable[str]) -> list[str]:

@@ -13,19 +13,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lightning_lora.errors import AdapterError, CheckpointError, listing
-from lightning_lora.io import adapter_file
+from lightning_lora.io import adapter_file, attention, readers, vera
 from lightning_lora.io.adapter_file import CONFIG, AdapterFile
-from lightning_lora.io.attention import attentions_in, unpacked_alone
 from lightning_lora.io.base_files import BaseFiles
+from lightning_lora.io.biases import separated_alone
 from lightning_lora.io.checkpoint_file import read_checkpoint
 from lightning_lora.io.description import KEY, describe_configs
 from lightning_lora.io.fingerprint import base_name
 from lightning_lora.io.fitting import configs_of
+from lightning_lora.io.keys import adapter_key, by_parameter
 from lightning_lora.io.shards import INDEX, SINGLE
 from lightning_lora.model.merge import is_finite
-from lightning_lora.nn.low_rank import SCALINGS
+from lightning_lora.nn.low_rank import SCALINGS, LowRankConfig
 
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _FACTORS = ("lora_A", "lora_B")
 _NEEDED = {
     "lora": _FACTORS,
@@ -34,6 +34,10 @@ _NEEDED = {
     "vera": ("vera_lambda_d", "vera_lambda_b"),
 }
 _ADDED = ("lora", "lora_fa")  # the weight changes by s B A, whatever the base is and the seed was
+_ONCE_IT = {
+    readers.VLLM: f"yes; above rank {readers.VLLM_RANK} with --max-lora-rank",
+    readers.LLAMA_CPP: "yes, through convert_lora_to_gguf.py",
+}
 _NOT_SHOWN = ("base_fingerprint", "sha256", "processes")
 
 
@@ -75,12 +79,32 @@ def read_adapter(path: Path) -> AdapterFile:
     """
     try:
         file = adapter_file.read(path)
-        configs_of(unpacked_alone(file))
+        _require_complete(unpacked_alone(file))
         loaded = adapter_file.load(path, file)
         unpacked_alone(loaded)
         return loaded
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from None
+
+
+def unpacked_alone(file: AdapterFile) -> AdapterFile:
+    """Return a file as it was read with what is in it as it is here, as far as that can be told without the model.
+
+    Raises:
+        AdapterError: If it contradicts itself.
+    """
+    return separated_alone(vera.unpacked_alone(attention.unpacked_alone(file)))
+
+
+def _require_complete(file: AdapterFile) -> None:
+    lacking = [
+        f"{name}.{needed}"
+        for name, config in configs_of(file).items()
+        for needed in _NEEDED[config.method]
+        if needed not in by_parameter(file.adapters[name])
+    ]
+    if lacking:
+        raise AdapterError(f"{adapter_file.WEIGHTS} lacks {listing(lacking)}")
 
 
 def require_adapters_in(checkpoint: dict[str, Any], path: Path) -> None:
@@ -120,8 +144,10 @@ def require_sound(files: BaseFiles) -> None:
 
 def _adapter(path: Path) -> dict[str, Any]:
     file = read_adapter(path)
-    tensors = [*(t for leaves in file.adapters.values() for t in leaves.values()), *file.others.values()]
-    readers, file = _readers(file), unpacked_alone(file)
+    everything = _on_disk(file)
+    readable, file = _readers(file.settings, everything), unpacked_alone(file)
+    drawn = set(vera.PROJECTIONS.values())
+    tensors = [tensor for key, tensor in everything.items() if key not in drawn]
     configs = configs_of(file)
     metadata = file.metadata or {}
     return {
@@ -131,22 +157,27 @@ def _adapter(path: Path) -> dict[str, Any]:
         **describe_configs(configs),
         "start": metadata.get("start"),
         "train": sorted(file.settings.get("modules_to_save") or []),
+        "biases": sorted(file.biases),
         "quantization": metadata.get("quantization"),
         "base": base_name(metadata),
         "parameters": sum(tensor.numel() for tensor in tensors),
-        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in everything.values()),
         "layers": [
-            _layer(name, dict(zip(_FACTORS, factors(file.adapters[name]), strict=True)), config.method, config.scale)
+            _layer(
+                name,
+                by_parameter(file.adapters[name]),
+                config.method,
+                config.scale if isinstance(config, LowRankConfig) else 1.0,
+            )
             for name, config in sorted(configs.items())
         ],
-        "readers": readers,
+        "readers": readable,
     }
 
 
-def factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The matrices ``A`` and ``B`` among the tensors of one layer."""
-    by_end = {leaf.removesuffix(".weight")[-1]: tensor for leaf, tensor in tensors.items() if "lora_" in leaf}
-    return by_end["A"].flatten(1), by_end["B"].flatten(1)
+def _on_disk(file: AdapterFile) -> dict[str, Tensor]:
+    adapters = {adapter_key(path, leaf): t for path, leaves in file.adapters.items() for leaf, t in leaves.items()}
+    return adapters | dict(file.others)
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
@@ -230,25 +261,10 @@ def _scale(entry: Mapping[str, Any], layer: str) -> float:
     return SCALINGS[scaling](alpha, r)
 
 
-def _readers(file: AdapterFile) -> dict[str, str]:
+def _readers(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Which programs can load an adapter folder, and what keeps the others from it."""
-    ranks = {config.r for config in configs_of(unpacked_alone(file)).values()}
-    obstacles = ["an adapted attention"] if attentions_in(file) else []
-    if file.settings.get("modules_to_save"):
-        obstacles.append("modules_to_save")
-    if any("embedding" in leaf for leaves in file.adapters.values() for leaf in leaves):
-        obstacles.append("an adapted embedding")
-    if any(tensor.ndim > 2 for leaves in file.adapters.values() for tensor in leaves.values()):
-        obstacles.append("an adapted convolution")
-    vllm = obstacles + (["rank_pattern"] if len(ranks) > 1 else [])
-    vllm += [f"r={r}" for r in sorted(ranks) if r not in _VLLM_RANKS and r > max(_VLLM_RANKS)]
-    return {
-        "lightning_lora": "yes",
-        "PEFT, transformers": "yes",
-        "vLLM": _verdict(vllm, f"yes, with max_lora_rank >= {max(ranks, default=1)}"),
-        "llama.cpp": _verdict(obstacles, "yes, through convert_lora_to_gguf.py"),
+    served = {
+        reader: f"no: {listing(cannot)}; merge it and load the merged model" if cannot else _ONCE_IT[reader]
+        for reader, cannot in readers.obstacles(settings, tensors).items()
     }
-
-
-def _verdict(obstacles: list[str], yes: str) -> str:
-    return f"no: {listing(obstacles)}; merge it and load the merged model" if obstacles else yes
+    return {"lightning_lora": "yes", "PEFT, transformers": "yes", **served}

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterError, MergeError, listing
 from lightning_lora.io import adapter_file
 from lightning_lora.io.adapter_file import CONFIG, WEIGHTS, AdapterFile
-from lightning_lora.io.adapter_folder import fill
-from lightning_lora.io.attention import unpacked
+from lightning_lora.io.adapter_folder import as_here, fill
 from lightning_lora.io.base_files import MODEL_CONFIG, BaseFiles
 from lightning_lora.io.description import CHANCE
 from lightning_lora.io.export import merged_metadata, refuse_adapter_folder
@@ -114,9 +113,10 @@ def _checked(files: BaseFiles, adapter: Path) -> tuple[AdapterFile, Mapping[str,
         transposed = _transposed(files, file)
         skeleton = files.skeleton(file.adapters, transposed=transposed)
         plain = replace(file, settings={**file.settings, "fan_in_fan_out": False})
-        plan = plan_for(skeleton, unpacked(skeleton, plain))
+        plan_for(skeleton, as_here(skeleton, plain))
         _refuse_tied(files, file)
-        return unpacked(skeleton, adapter_file.load(adapter, file)), plan.layers, transposed
+        whole = as_here(skeleton, adapter_file.load(adapter, plain))
+        return whole, plan_for(skeleton, whole).layers, transposed  # some of it is known from the values alone
     except AdapterError as error:
         raise AdapterError(f"{adapter}: {error}") from None
 
@@ -135,7 +135,8 @@ def _refuse_tied(files: BaseFiles, file: AdapterFile) -> None:
     """Refuse to change one of two weights that the model's config ties: loading would undo it, or change both."""
     if not files.config.get("tie_word_embeddings"):
         return
-    changed = [*file.adapters, *(key.removeprefix(PREFIX).rpartition(".")[0] for key in file.others)]
+    weights = [key for key in file.others if not key.endswith(".bias")]  # which nothing ties
+    changed = [*file.adapters, *(key.removeprefix(PREFIX).rpartition(".")[0] for key in weights)]
     tied = [path for path in changed if path.rpartition(".")[2] in ("lm_head", "embed_tokens", "wte", "embed_in")]
     if tied:
         raise MergeError(
@@ -211,6 +212,7 @@ class _Job:
         for path in self.configs:
             weights.setdefault(self.files.place(path).weight, []).append(path)
         trained = {key.removeprefix(PREFIX): tensor for key, tensor in self.file.others.items()}
+        trained |= {self.files.place(path).bias: tensor for path, tensor in self.file.biases.items()}
         for name, outline in self.files.outline.items():
             wanted = self.dtype if self.dtype is not None and outline.is_floating_point() else outline.dtype
             make = partial(self._copy, name, wanted)

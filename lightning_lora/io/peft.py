@@ -10,21 +10,23 @@ from typing import Any
 
 from lightning_lora.errors import AdapterError, listing
 from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.nn.lora_fa import LoRAFAConfig
+from lightning_lora.nn.low_rank import LowRankConfig
+from lightning_lora.nn.vera import VeRAConfig
 
 MAX_CONFIG_BYTES = 1_000_000
 
-_DEFAULTS: dict[str, Any] = {
+_SHARED: dict[str, Any] = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
-    "bias": "none",
     "inference_mode": True,
-    "init_lora_weights": True,
-    "peft_type": "LORA",
     "revision": None,
     "task_type": None,
-    "use_dora": False,
 }
+_FORMATS = {"lora": "LoRA", "lora_fa": "LoRA", "dora": "DoRA", "vera": "VeRA"}
+"""What PEFT calls each method. LoRA-FA is, to a reader, LoRA; our header tells which."""
 _MUST_BE_OFF = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -34,7 +36,6 @@ _MUST_BE_OFF = (
     "monteclora_config",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )
@@ -46,6 +47,7 @@ def to_peft(
     names: Iterable[str],
     parameters: Iterable[str] = (),
     train: Iterable[str] = (),
+    bias: str = "none",
     transposed: bool = False,
 ) -> dict[str, Any]:
     """Return PEFT's config for adapters by layer.
@@ -55,53 +57,42 @@ def to_peft(
         names: Names of every module of the model, which decide how briefly the targets can be named.
         parameters: Names of parameters that may be among the layers.
         train: Modules trained whole.
+        bias: Which biases are trained: ``"none"``, ``"adapted"`` or ``"all"``.
         transposed: Whether a layer stores its weight transposed, as Hugging Face's ``Conv1D``.
 
     Raises:
-        AdapterError: If the format cannot say it: another method, or dropout or scaling that differ between layers.
+        AdapterError: If the format cannot say it: methods, dropout or scaling that differ between layers, or a method
+            it does not have.
     """
-    loras = {path: config for path, config in configs.items() if isinstance(config, LoRAConfig)}
-    if len(loras) < len(configs):
-        others = sorted({config.method for config in configs.values()} - {"lora"})
-        raise AdapterError(f"PEFT's format as written here holds LoRA only, this adapter has: {listing(others)}")
-    for what in ("dropout", "scaling"):
-        values = sorted({str(getattr(config, what)) for config in loras.values()})
-        if len(values) > 1:
-            raise AdapterError(f"PEFT's format has one {what} for all layers, this adapter has {listing(values)}")
-    rank = _most_common(config.r for config in loras.values())
-    alpha = _most_common(float(config.alpha) for config in loras.values())
-    first = next(iter(loras.values()))
-    stacks = sorted(loras.keys() & set(parameters))
+    _check_one_method(configs)
+    veras = {path: config for path, config in configs.items() if isinstance(config, VeRAConfig)}
+    low_rank = {path: config for path, config in configs.items() if isinstance(config, LowRankConfig)}
+    stacks = sorted(configs.keys() & set(parameters))
     named = {"target_parameters": stacks} if stacks else {}
     return {
-        **_DEFAULTS,
-        "r": rank,
-        "lora_alpha": _plain(alpha),
-        "lora_dropout": float(first.dropout),
+        **_SHARED,
+        **(_vera_settings(veras) if veras else _low_rank_settings(low_rank)),
+        "bias": ("vera_only" if veras else "lora_only") if bias == "adapted" else bias,
         "fan_in_fan_out": transposed,
-        "use_rslora": first.scaling == "rslora",
         **named,
-        "target_modules": _target_modules(sorted(loras.keys() - set(stacks)), names),
+        "target_modules": _target_modules(sorted(configs.keys() - set(stacks)), names),
         "modules_to_save": sorted(train) or None,
-        "rank_pattern": {exactly(path): config.r for path, config in sorted(loras.items()) if config.r != rank},
-        "alpha_pattern": {
-            exactly(path): _plain(config.alpha)
-            for path, config in sorted(loras.items())
-            if float(config.alpha) != alpha
-        },
     }
 
 
 def check_supported(settings: Mapping[str, Any]) -> None:
     """Raise ``AdapterError`` if a setting is missing, or changes the function in a way not supported."""
     kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"peft_type is {kind!r:.80}, expected 'LORA'")
+    if kind not in ("LORA", "VERA"):
+        raise AdapterError(f"peft_type is {kind!r:.80}, expected 'LORA' or 'VERA'")
     on = [f"{key}={settings[key]!r:.80}" for key in _MUST_BE_OFF if settings.get(key)]
-    on += [f"bias={settings['bias']!r:.80}"] if settings.get("bias", "none") != "none" else []
+    on += ["target_parameters, which VeRA has not"] if kind == "VERA" and settings.get("target_parameters") else []
     if on:
         raise AdapterError(f"it uses {listing(on)}, which cannot be loaded yet")
-    missing = [key for key in ("r", "lora_alpha") if key not in settings]
+    biases = ("none", "all", f"{kind.lower()}_only")
+    if settings.get("bias", "none") not in biases:
+        raise AdapterError(f"bias is {settings['bias']!r:.80}, expected one of {', '.join(biases)}")
+    missing = [key for key in (("r", "lora_alpha") if kind == "LORA" else ("r",)) if key not in settings]
     if missing:
         raise AdapterError(f"{listing(missing)} is missing; without it the adapter would be scaled wrongly")
     whole = settings.get("modules_to_save") or []
@@ -109,12 +100,15 @@ def check_supported(settings: Mapping[str, Any]) -> None:
         raise AdapterError(f"modules_to_save is {whole!r:.80}, expected a list of names")
 
 
-def from_peft(settings: Mapping[str, Any], layers: Iterable[str]) -> dict[str, LoRAConfig]:
-    """Return our config of each layer.
+def from_peft(
+    settings: Mapping[str, Any], layers: Iterable[str], metadata: Mapping[str, Any] | None = None
+) -> dict[str, LowRankConfig]:
+    """Return our config of each layer with an update of low rank.
 
     Args:
         settings: The parsed ``adapter_config.json``.
         layers: Names of the adapted layers, as the tensors have them.
+        metadata: What our header says; from it alone LoRA-FA is told from LoRA.
 
     Raises:
         AdapterError: If a setting is missing, broken, or changes the function in a way not supported.
@@ -123,16 +117,21 @@ def from_peft(settings: Mapping[str, Any], layers: Iterable[str]) -> dict[str, L
     ranks, alphas = (_patterns(settings, key) for key in ("rank_pattern", "alpha_pattern"))
     try:
         return {
-            path: LoRAConfig(
+            path: _method(settings, path, metadata or {})(
                 r=_lookup(ranks, path, settings["r"]),
                 alpha=_lookup(alphas, path, settings["lora_alpha"]),
-                dropout=settings.get("lora_dropout") or 0.0,
+                dropout=dropout_in(settings),
                 scaling="rslora" if settings.get("use_rslora") else "standard",
             )
             for path in layers
         }
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{error!s:.300}") from None
+
+
+def dropout_in(settings: Mapping[str, Any]) -> float:
+    """The dropout of all layers, under the name that the method has for it."""
+    return settings.get("vera_dropout" if settings["peft_type"] == "VERA" else "lora_dropout") or 0.0
 
 
 def expected_layers(settings: Mapping[str, Any], linear: Iterable[str]) -> set[str] | None:
@@ -174,6 +173,78 @@ def parse(data: bytes) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise AdapterError(f"it holds a {type(settings).__name__}, expected an object")
     return settings
+
+
+def _check_one_method(configs: Mapping[str, AdapterConfig]) -> None:
+    methods: dict[str, list[str]] = {}
+    for path, config in configs.items():
+        methods.setdefault(_FORMATS.get(config.method, config.method), []).append(path)
+    unknown = sorted(set(methods) - set(_FORMATS.values()))
+    if unknown:
+        raise AdapterError(
+            f"PEFT's format has no method {listing(map(repr, unknown))}, which is on {listing(methods[unknown[0]])}. "
+            "merge(model) and save the model"
+        )
+    if len(methods) > 1:
+        found = "; ".join(f"{method} on {listing(paths, 3)}" for method, paths in sorted(methods.items()))
+        raise AdapterError(
+            f"PEFT's format has one method for all layers, and this adapter has {found}. Give each method an adapter "
+            "of its own (inject(..., name=...)) and save them one by one, or merge(model) and save the model"
+        )
+
+
+def _check_one_value(configs: Mapping[str, AdapterConfig], *fields: str) -> None:
+    for field in fields:
+        values = sorted({str(getattr(config, field)) for config in configs.values()})
+        if len(values) > 1:
+            raise AdapterError(
+                f"PEFT's format has one {field} for all layers, this adapter has {listing(values)}. Give them one "
+                f"{field}, or put them into adapters of their own (inject(..., name=...)) and save them one by one"
+            )
+
+
+def _low_rank_settings(configs: Mapping[str, LowRankConfig]) -> dict[str, Any]:
+    _check_one_value(configs, "dropout", "scaling")
+    rank = _most_common(config.r for config in configs.values())
+    alpha = _most_common(float(config.alpha) for config in configs.values())
+    first = next(iter(configs.values()))
+    return {
+        "peft_type": "LORA",
+        "init_lora_weights": True,
+        "use_dora": isinstance(first, DoRAConfig),
+        "use_rslora": first.scaling == "rslora",
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": float(first.dropout),
+        "rank_pattern": {exactly(path): config.r for path, config in sorted(configs.items()) if config.r != rank},
+        "alpha_pattern": {
+            exactly(path): _plain(config.alpha)
+            for path, config in sorted(configs.items())
+            if float(config.alpha) != alpha
+        },
+    }
+
+
+def _vera_settings(configs: Mapping[str, VeRAConfig]) -> dict[str, Any]:
+    _check_one_value(configs, "dropout")
+    first = configs[min(configs)]
+    return {
+        "peft_type": "VERA",
+        "init_weights": True,
+        "save_projection": True,
+        "projection_prng_key": first.seed,
+        "r": first.r,
+        "vera_dropout": float(first.dropout),
+        "d_initial": first.d_initial,
+    }
+
+
+def _method(settings: Mapping[str, Any], path: str, metadata: Mapping[str, Any]) -> type[LowRankConfig]:
+    if settings.get("use_dora"):
+        return DoRAConfig
+    named = metadata.get("method")
+    named = named.get(path) if isinstance(named, dict) else named
+    return LoRAFAConfig if named == LoRAFAConfig.method else LoRAConfig
 
 
 def _most_common(values: Iterable[Any]) -> Any:

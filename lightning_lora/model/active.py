@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_lora.errors import AdapterError, listing
+from lightning_lora.model.biases import hand_over_note, unmark_biases
 from lightning_lora.model.layers import replace, require_adapters
 from lightning_lora.model.parameters import unmark_trained
 from lightning_lora.model.routing import computing
@@ -83,9 +84,11 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     bare = {layer: layer.base_layer for layer in layers.values() if not layer.adapters}
     for layer, base in bare.items():
         share_hooks(layer, base)
+        hand_over_note(layer, base)
     replace(model, bare)
     join_bare(model)
     unmark_trained(model, name)
+    unmark_biases(model, name)
     return model
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterError
+from lightning_lora.model.biases import train_bias_of, trained_biases
 from lightning_lora.model.inject import check_name
 from lightning_lora.model.layers import adapter_names, require_adapters
 from lightning_lora.model.merge import is_finite
@@ -99,10 +100,13 @@ def combine(
         if parts:
             made[layer] = _build(layer, recipe.combined(path, parts, [weights[part] for part in parts]))
     along = {module for part in weights for module in trained_modules(model, part)}
+    biases = {layer for part in weights for layer in trained_biases(model, part)}
     for layer, adapter in made.items():
         layer.put(name, adapter)
     for module in along:
         mark_trained(model.get_submodule(module), name)
+    for path in biases:
+        train_bias_of(model.get_submodule(path), name)
     return model
 
 

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.errors import AdapterError, LoRAError, TargetError, listing
 from lightning_lora.model.active import activate
+from lightning_lora.model.biases import hand_over_note, refuse_shared, refuse_taken_apart, train_bias_of
 from lightning_lora.model.layers import adapted_layers, adapter_names, replace
 from lightning_lora.model.parameters import mark_trained
 from lightning_lora.model.progress import progress
@@ -34,6 +35,7 @@ def inject(
     *,
     exclude: Iterable[str] = (),
     train: Iterable[str] = (),
+    train_bias: str = "none",
     name: str = "default",
 ) -> nn.Module:
     """Put adapters into ``model``, in place, and return it. Everything but the adapters is frozen.
@@ -49,6 +51,9 @@ def inject(
         config: The method and its hyperparameters.
         exclude: Patterns of layers to pass over.
         train: Patterns of modules to train whole beside the adapters, and to save along with them.
+        train_bias: Biases to train and save along: ``"none"``, ``"adapted"`` (of the layers that are adapted) or
+            ``"all"``. A layer has one bias for all its adapters, so the base without adapters is then not the one from
+            before.
         name: The adapter's name. A model can hold several; the new one becomes the active one.
 
     Raises:
@@ -56,7 +61,7 @@ def inject(
         TargetError: If a pattern, or the plan as a whole, does not fit the model.
     """
     check_name(name)
-    return apply(model, resolve(model, targets, config, exclude=exclude, train=train), name=name)
+    return apply(model, resolve(model, targets, config, exclude=exclude, train=train, train_bias=train_bias), name=name)
 
 
 def apply(
@@ -96,6 +101,8 @@ def apply(
             f"around it, or after injection, or exclude={compiled[0]!r}"
         )
     refuse_tied(model, plan.layers)
+    refuse_shared(model, plan.biases)
+    refuse_taken_apart(model, [place for place, path in places.items() if place != path])
     hosts, adapters = {}, {}
     splits: dict[nn.Module, Split] = {}
     configs: list[AdapterConfig] = []
@@ -113,12 +120,15 @@ def apply(
     if not adapted_layers(model):  # a later adapter leaves trainable what an earlier one trains along
         model.requires_grad_(False)
     for layer, host in hosts.items():
-        host.base_layer.requires_grad_(False)
         if layer is not host:
+            host.base_layer.requires_grad_(False)
             hand_over_hooks(layer, host)
+            hand_over_note(layer, host)
     replace(model, {layer: host for layer, host in hosts.items() if layer is not host})
     for path in plan.train:
         mark_trained(model.get_submodule(path).requires_grad_(True), name)
+    for path in plan.biases:
+        train_bias_of(model.get_submodule(path), name)
     activate(model, name)
     return model
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import MergeError, listing
+from lightning_lora.model.biases import unmark_biases
 from lightning_lora.model.layers import adapter_names, replace, require_adapters
 from lightning_lora.model.parameters import unmark_trained
 from lightning_lora.model.split import Host, hosts
@@ -41,6 +42,7 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
         host = waiting.pop()
         replace(model, {host: merged(host, dtype=dtype)})
     unmark_trained(model, *names)
+    unmark_biases(model, *names)
     return model
 
 

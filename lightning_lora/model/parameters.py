@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from lightning_lora.model.biases import bias_of, trained_biases
 from lightning_lora.model.layers import require_adapters
 from lightning_lora.nn.adapter import Adapter
 
@@ -38,6 +39,8 @@ def adapter_state_keys(model: nn.Module, name: str = "default") -> list[str]:
     adapters = tuple(f"{path}.adapters.{name}." for path in require_adapters(model, name))
     trained = set(trained_outside_adapters(model))
     whole = tuple(f"{path}." for path in trained_modules(model, name))
+    biases = {id(bias_of(model.get_submodule(path))) for path in trained_biases(model, name)}
+    trained |= {key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in biases}
     return [key for key in model.state_dict() if key.startswith(adapters + whole) or key in trained]
 
 

@@ -1,23 +1,26 @@
 """From the user's words to a plan: which layers get which adapter. Pure; the model is read, never changed.
 
 A pattern is a dotted suffix (``q_proj``, ``attn.q_proj``), a whole name, or either with shell wildcards
-(``layers.*.q_proj``); ``*`` crosses dots. The projections of an ``nn.MultiheadAttention`` are layers of their own here:
-``self_attn.q_proj``, ``k_proj``, ``v_proj``, ``out_proj``. Every pattern has to match something: a misspelt target that
-is silently skipped is a fine-tune of half the model.
+(``layers.*.q_proj``); ``*`` crosses dots, and ``[8-15]`` is a number from 8 to 15 (``layers.[8-15].*.q_proj``). The
+projections of an ``nn.MultiheadAttention`` are layers of their own here: ``self_attn.q_proj``, ``k_proj``, ``v_proj``,
+``out_proj``. Every pattern has to match something: a misspelt target that is silently skipped is a fine-tune of half
+the model.
 """
 
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 from torch import nn
 
 from lightning_lora.errors import TargetError, listing
+from lightning_lora.model.biases import choose_biases
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.split import layer_at, module_around, named_layers, place_of
 from lightning_lora.nn.adapted import AdaptedLayer
@@ -27,6 +30,11 @@ from lightning_lora.nn.kinds import has_kind, is_linear, kind_of, why_not_adapta
 from lightning_lora.nn.split import Split
 
 ALL_LINEAR = "all-linear"
+
+_RANGE = re.compile(r"\[(\d+)-(\d+)\]")
+_PLACE = "\ue000"
+"""A character that is in no name, for what comes in its place."""
+_MOST_NUMBERS = 10_000
 
 _KIND, _KINDS = "linear layer, embedding or convolution", "linear layers, embeddings and convolutions"
 
@@ -40,11 +48,13 @@ class Plan:
     Attributes:
         layers: Name of each linear layer to adapt, in the model's order, with its config.
         train: Names of modules trained whole.
+        biases: Names of layers whose bias is trained.
         left: Linear layers that ``"all-linear"`` passed over, with the reason.
     """
 
     layers: Mapping[str, AdapterConfig]
     train: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -58,7 +68,23 @@ class NamesItsHead(Protocol):
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a dotted module name fits a pattern, as a whole or as a suffix that starts at a dot."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+    return _expression(pattern).match(name) is not None or _expression(f"*.{pattern}").match(name) is not None
+
+
+@lru_cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    """A pattern as an expression: wildcards as the shell has them, and ``[m-n]`` also for numbers of several digits."""
+    ranges = _RANGE.findall(pattern)
+    expression = fnmatch.translate(_RANGE.sub(_PLACE, pattern))
+    for first, last in ranges:
+        numbers = range(int(first), int(last) + 1)
+        if not 0 < len(numbers) <= _MOST_NUMBERS:
+            raise TargetError(
+                f"[{first}-{last}] in {pattern.removeprefix('*.')!r} holds no number, or more than {_MOST_NUMBERS:,}; "
+                "write the smaller one first, as in 'layers.[8-15].*'"
+            )
+        expression = expression.replace(_PLACE, f"(?:{'|'.join(map(str, numbers))})", 1)
+    return re.compile(expression)
 
 
 def resolve(
@@ -68,6 +94,7 @@ def resolve(
     *,
     exclude: Iterable[str] = (),
     train: Iterable[str] = (),
+    train_bias: str = "none",
 ) -> Plan:
     """Decide which layers of ``model`` get which adapter.
 
@@ -78,10 +105,12 @@ def resolve(
         config: Config for targets that do not bring their own.
         exclude: Patterns of layers to pass over.
         train: Patterns of modules to train whole, as they are, beside the adapters.
+        train_bias: Biases to train: ``"none"``, ``"adapted"`` (of the layers that are adapted) or ``"all"``.
 
     Raises:
         TargetError: If a pattern matches nothing or no layer of a kind that can be adapted, if nothing is left to
-            adapt, if a rank is above what a layer can have.
+            adapt, if a rank is above what a layer can have, if there is no bias to train.
+        ValueError: If ``train_bias`` is none of the choices.
     """
     wanted = _as_mapping(targets, config)
     exclude, train = _as_patterns(exclude, "exclude"), _as_patterns(train, "train")
@@ -111,7 +140,12 @@ def resolve(
         raise TargetError(f"nothing is left to adapt: {reasons}. Name a target outright, or exclude less")
     ordered = {name: layers[name] for name in candidates if name in layers}
     _check_shapes(model, ordered)
-    return Plan(layers=ordered, train=trained, left={name: why for name, why in left.items() if name not in ordered})
+    return Plan(
+        layers=ordered,
+        train=trained,
+        biases=choose_biases(model, train_bias, ordered, trained),
+        left={name: why for name, why in left.items() if name not in ordered},
+    )
 
 
 def _as_mapping(targets: Targets, config: AdapterConfig) -> dict[str, AdapterConfig]:

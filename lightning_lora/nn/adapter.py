@@ -37,6 +37,8 @@ class Adapter(nn.Module, ABC):
     kind: Kind
     started: bool = True
     """Whether its starting values are there; an adapter without them refuses to compute."""
+    trained_over: str | None = None
+    """How the base was stored over which its values were trained, until the base here is stored so; None is as here."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         """Move with the module around it, but stay in full precision when that is cast to half.

@@ -122,7 +122,14 @@ class DoRA(Adapter):
 
     @torch.no_grad()
     def rebase(self, before: nn.Module, after: nn.Module) -> None:
-        """Keep ``m/||V||``: rows of a quantized weight have other lengths, and a fresh DoRA must change nothing."""
+        """Keep ``m/||V||``: rows of a quantized weight have other lengths, and a fresh DoRA must change nothing.
+
+        Magnitudes that are lengths of rows of a weight stored as ``after`` is stay what they are.
+        """
+        if isinstance(after, QuantizedLinear) and self.trained_over == after.storage:
+            self.trained_over = None
+            self._norms.forget()
+            return
         factor = self._factor(self._measured(before))
         self._norms.forget()
         self.lora_magnitude_vector.copy_(factor * self._measured(after))

@@ -31,6 +31,9 @@ class VeRAConfig(AdapterConfig):
         dropout: Probability with which ``D`` zeroes an element of the adapter's input while training.
         d_initial: What every element of ``d`` starts at (paper, section 3.1); ``b`` starts at zero.
         seed: What ``A`` and ``B`` are drawn from. With another seed, saved vectors mean another function.
+        largest_in: With ``largest_out``, all layers take the first columns of ``A`` and the first rows of ``B`` from
+            one pair of this size, drawn as PEFT draws it. None gives each size of layer projections of its own.
+        largest_out: See ``largest_in``.
 
     Raises:
         TypeError: If a number is not one.
@@ -38,15 +41,20 @@ class VeRAConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "vera"
-    decisive: ClassVar[tuple[str, ...]] = ("r", "seed")
+    decisive: ClassVar[tuple[str, ...]] = ("r", "seed", "largest_in", "largest_out")
 
     r: int = 256
     dropout: float = 0.0
     d_initial: float = 0.1
     seed: int = 0
+    largest_in: int | None = None
+    largest_out: int | None = None
 
     def __post_init__(self) -> None:
         kinds = {"r": (Integral, int), "dropout": (Real, float), "d_initial": (Real, float), "seed": (Integral, int)}
+        if (self.largest_in is None) != (self.largest_out is None):
+            raise ValueError("largest_in and largest_out are the size of one pair of projections; give both or neither")
+        kinds |= {} if self.largest_in is None else dict.fromkeys(("largest_in", "largest_out"), (Integral, int))
         for name, (kind, plain) in kinds.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
@@ -64,6 +72,12 @@ class VeRAConfig(AdapterConfig):
         """Raise ``ValueError`` unless it is a linear layer."""
         if kind.name != "linear":
             raise ValueError(f"VeRA adapts linear layers, and this is a layer of kind {kind.name!r}; use lora or dora")
+        most = (self.largest_in or kind.in_features, self.largest_out or kind.out_features)
+        if kind.in_features > most[0] or kind.out_features > most[1]:
+            raise ValueError(
+                f"a layer {kind.in_features} -> {kind.out_features} is larger than the projections "
+                f"{most[0]} -> {most[1]} it would take its own from"
+            )
 
     def build(self, base_layer: nn.Module, *, device: torch.device, dtype: torch.dtype) -> VeRA:
         """Make a fresh :class:`VeRA` for ``base_layer``."""
@@ -120,11 +134,9 @@ class VeRA(Adapter):
         return f"r={self.config.r}, dropout={self.config.dropout:g}, seed={self.config.seed}"
 
     def _share_projections(self) -> None:
-        like, seed, r = self.vera_lambda_d, self.config.seed, self.config.r
-        A = projection(seed, "A", (r, self.kind.in_features), like.device, like.dtype)
-        B = projection(seed, "B", (self.kind.out_features, r), like.device, like.dtype)
-        self.register_buffer("vera_A", A, persistent=False)
-        self.register_buffer("vera_B", B, persistent=False)
+        like = self.vera_lambda_d
+        for name, factor, size in (("vera_A", "A", self.kind.in_features), ("vera_B", "B", self.kind.out_features)):
+            self.register_buffer(name, projection(self.config, factor, size, like.device, like.dtype), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VeRA:
         # Moving or casting a module moves each of its tensors by itself, and every layer would end up with its own.
@@ -143,29 +155,45 @@ class VeRA(Adapter):
 _projections: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 
 
-def projection(seed: int, factor: str, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the random matrix that all layers of one shape share: Kaiming uniform, ``U(-sqrt(6/n), sqrt(6/n))``.
+def projection(config: VeRAConfig, factor: str, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the random matrix that all layers of one size share: Kaiming uniform, ``U(-sqrt(6/n), sqrt(6/n))``.
 
     It is always drawn in ``float32`` on the CPU, so that one seed means the same everywhere.
 
     Args:
-        seed: The config's.
-        factor: ``"A"`` or ``"B"``, which are independent of each other.
-        shape: Rows and columns; ``n`` is the number of columns.
+        config: Its rank, its seed, and the size of the pair it is a part of, if of any.
+        factor: ``"A"`` of shape ``(R, I)`` or ``"B"`` of shape ``(O, R)``, which are independent of each other.
+        size: ``I`` or ``O``; ``n`` is the number of columns that are drawn.
         device: Where it is wanted.
         dtype: What it is wanted in.
     """
-    key = (seed, factor, shape, device, dtype)
+    key = (config.seed, config.r, config.largest_in, config.largest_out, factor, size, device, dtype)
     found = _projections.get(key)
     if found is None:
         with torch.inference_mode(False):  # shared with layers that are trained
-            _projections[key] = found = _draw(seed, factor, shape, device).to(device, dtype)
+            _projections[key] = found = _draw(config, factor, size, device).to(device, dtype)
     return found
 
 
-def _draw(seed: int, factor: str, shape: tuple[int, int], device: torch.device) -> Tensor:
+def _draw(config: VeRAConfig, factor: str, size: int, device: torch.device) -> Tensor:
+    shape = (config.r, size) if factor == "A" else (size, config.r)
     if device.type == "meta":
         return torch.empty(shape, device=device)
-    digest = hashlib.sha256(f"{seed} {factor} {shape[0]}x{shape[1]}".encode()).digest()
+    if config.largest_in is not None and config.largest_out is not None:
+        pair = _draw_pair(config.seed, config.r, config.largest_in, config.largest_out)
+        return pair[factor][: shape[0], : shape[1]].contiguous()
+    digest = hashlib.sha256(f"{config.seed} {factor} {shape[0]}x{shape[1]}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return (torch.rand(shape, generator=generator, device="cpu") * 2 - 1) * math.sqrt(6 / shape[1])
+
+
+def _draw_pair(seed: int, r: int, columns: int, rows: int) -> dict[str, Tensor]:
+    """Both projections as PEFT draws them, bit for bit: one after the other, from one generator."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {}
+    for factor, shape in (("A", (r, columns)), ("B", (rows, r))):
+        bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
+        drawn[factor] = torch.empty(shape, device="cpu", dtype=torch.float32).uniform_(
+            -bound, bound, generator=generator
+        )
+    return drawn

@@ -8,7 +8,7 @@ import bitsandbytes
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
@@ -27,6 +27,7 @@ from lightning_lora import (
     UnsupportedError,
     inject,
     load_adapter,
+    load_from_checkpoint,
     merge,
 )
 from lightning_lora.callbacks.checkpoints import check_optimizers
@@ -163,6 +164,40 @@ def test_every_checkpoint_holds_adapters_alone(module, trainer, tmp_path, weight
         assert checkpoint["lightning_lora"]["targets"] == sorted(checkpoint["lightning_lora"]["targets"])
         assert ("optimizer_states" in checkpoint) is not weights_only
     assert len(list((tmp_path / "ckpt").iterdir())) == 2
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_biases_are_trained_saved_resumed_loaded_and_merged(trainer, quantization):
+    def run(module: Module, epochs: int, **arguments) -> tuple[Module, Trainer]:
+        lora = LoRACallback("up_proj", r=4, train_bias="adapted", quantization=quantization, merge=False)
+        fit = trainer(lora, max_epochs=epochs)
+        fit.fit(module, loader(), **arguments)
+        return module, fit
+
+    def fresh() -> Module:
+        torch.manual_seed(0)
+        return Module()
+
+    names = {f"net.blocks.{i}.up_proj.base_layer.bias" for i in range(2)}
+    whole, _ = run(fresh(), 2)
+    half, first = run(fresh(), 1)
+    path = first.checkpoint_callback.best_model_path
+    keys = set(torch.load(path, weights_only=True)["state_dict"])
+    assert {key for key in keys if "adapters" not in key} == names
+    resumed, _ = run(fresh(), 2, ckpt_path=path)
+    state, base = whole.state_dict(), fresh().state_dict()
+    assert all(torch.equal(state[name], resumed.state_dict()[name]) for name in state)
+    assert not any(torch.equal(state[name], base[name.replace("base_layer.", "")]) for name in names)
+    torch.manual_seed(0)
+    loaded = load_from_checkpoint(Module, path)
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad and "adapters" not in name} == names
+    assert all(torch.equal(loaded.state_dict()[name], half.state_dict()[name]) for name in names)
+    with pytest.raises(AdapterError, match=r"train: none only there, .*bias.* only here"):
+        trainer(LoRACallback("up_proj", r=4, quantization=quantization), max_epochs=3).fit(whole, loader())
+    with pytest.raises(ValueError, match="train_bias must be one of none, adapted, all, got 'lora_only'"):
+        LoRACallback(train_bias="lora_only")
+    with pytest.raises(ValueError, match="brings its own train_bias"):
+        LoRACallback(adapter="somewhere", train_bias="all")
 
 
 def test_a_checkpoint_is_as_small_as_adapters_and_optimizer(trainer, tmp_path):

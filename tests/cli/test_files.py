@@ -77,7 +77,8 @@ def test_an_adapter_folder_is_described(folder, capsys):
     }
     assert len(found["base"]) == 12
     assert found["bytes"] == sum(t.numel() * 4 for t in load_file(folder / "adapter_model.safetensors").values())
-    assert found["readers"]["vLLM"].startswith("no: modules_to_save, an adapted embedding")
+    assert found["readers"]["vLLM"].startswith("no: modules_to_save;")
+    assert "adapters on embeddings" in found["readers"]["llama.cpp (GGUF)"]
 
 
 def test_norms_are_those_of_the_factors_and_of_their_product(folder, capsys):

@@ -108,7 +108,7 @@ def test_the_stock_cli_with_the_callback_gives_the_same_run(config, tmp_path):
     "section",
     [
         {"targets": "q_proj"},
-        {"targets": ["q_proj", "up_proj"], "exclude": "*.0.up_proj", "train": ["head"]},
+        {"targets": ["q_proj", "up_proj"], "exclude": "*.[0-0].up_proj", "train": ["head"], "train_bias": "all"},
         {"targets": {"all-linear": {}, "*.q_proj": {"r": 8, "alpha": 4}}, "quantization": None},
         {"quantization": {"block_size": 32, "double_quant": False, "compute_dtype": "torch.bfloat16"}},
     ],
@@ -343,7 +343,7 @@ def test_the_command_finds_models_in_the_current_folder_and_a_sigterm_is_no_succ
     assert said.returncode == 128 + signal.SIGTERM, said.stderr
 
 
-@pytest.mark.parametrize("recipe", ["qlora", "lora_ddp"])
+@pytest.mark.parametrize("recipe", ["qlora", "lora_ddp", "dora_per_layer"])
 def test_the_recipes_parse(monkeypatch, capsys, recipe):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:

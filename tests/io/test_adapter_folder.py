@@ -377,7 +377,7 @@ BAD_FOLDERS: dict[str, tuple[Damage, str]] = {
     "modules to save not named": (edit_config(modules_to_save=None), r"head\."),
     "another method": (edit_config(peft_type="LOHA"), "peft_type is 'LOHA'"),
     "no method": (edit_config(peft_type=None), "peft_type is None"),
-    "DoRA": (edit_config(use_dora=True), "use_dora"),
+    "DoRA": (edit_config(use_dora=True), "method is 'lora' there and 'dora' here"),
     "trained biases": (edit_config(bias="all"), "bias='all'"),
     "a transposed base": (edit_config(fan_in_fan_out=True), "fan_in_fan_out"),
     # header

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from lightning_lora import (
-    AdapterError,
     DoRAConfig,
     LoRAConfig,
     NF4Config,
@@ -21,7 +20,6 @@ from lightning_lora import (
     inject,
     merge,
     quantize,
-    save_adapter,
     summary,
 )
 
@@ -254,13 +252,6 @@ def test_vera_trains_its_vectors_alone():
         "vera_lambda_b",
         "vera_lambda_d",
     }
-
-
-def test_vera_is_refused_by_a_file_format_that_cannot_hold_it(tmp_path):
-    model = inject(tiny_llama(), config=VeRAConfig(r=8))
-    with pytest.raises(AdapterError, match="holds LoRA only, this adapter has: vera"):
-        save_adapter(model, tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
 
 
 @torch.no_grad()

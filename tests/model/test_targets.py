@@ -26,10 +26,34 @@ def planned(model, targets="all-linear", **settings) -> list[str]:
         ("a.q_proj.b", "q_proj", False),
         ("layers.10.q", "layers.1.q", False),
         ("layers.1.q", "layers.[01].q", True),
+        ("layers.8.q", "layers.[8-15].q", True),
+        ("layers.15.q", "layers.[8-15].q", True),
+        ("layers.16.q", "layers.[8-15].q", False),
+        ("layers.7.q", "layers.[8-15].q", False),
+        ("layers.1.q", "layers.[8-15].q", False),
+        ("layers.150.q", "layers.[8-15].q", False),
+        ("layers.5.q", "layers.[!8-15].q", False),
+        ("a.layers.9.attn.q", "layers.[8-15].*", True),
+        ("h.12.mlp.3.up", "h.[0-12].mlp.[2-3].up", True),
+        ("layers.15.q", "layers.1[0-5].q", True),
+        ("layers.42.q", "layers.[0-9][0-9].q", True),
     ],
 )
 def test_patterns_match_whole_names_and_dotted_suffixes(name, pattern, expected):
     assert matches(name, pattern) is expected
+
+
+@pytest.mark.parametrize("pattern", ["layers.[15-8].q", "layers.[0-10000].q"])
+def test_a_range_without_numbers_or_with_too_many_is_refused(pattern, net):
+    with pytest.raises(TargetError, match="holds no number, or more than 10,000"):
+        planned(net, pattern)
+
+
+def test_targets_excludes_and_modules_to_train_can_be_ranges_of_layers():
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(8, 8)}) for _ in range(13))})
+    assert planned(model, "layers.[9-11].q") == ["layers.9.q", "layers.10.q", "layers.11.q"]
+    assert planned(model, exclude="layers.[0-10].*") == ["layers.11.q", "layers.12.q"]
+    assert resolve(model, "layers.0.q", CONFIG, train="layers.[11-12].q").train == ("layers.11.q", "layers.12.q")
 
 
 def test_all_linear_takes_every_linear_layer_but_the_head(net):

@@ -91,7 +91,7 @@ def test_layers_of_one_shape_share_their_projections(change):
     width = projections(changed)[0].element_size()  # adapters stay in fp32 when the module is cast to half
     assert len(projections(changed)) == 8
     assert memory(changed) == 2 * R * IN * width
-    expected = projection(0, "A", (R, IN), CPU, torch.float32).to(projections(changed)[0].dtype)
+    expected = projection(VeRAConfig(r=R), "A", IN, CPU, torch.float32).to(projections(changed)[0].dtype)
     assert torch.equal(projections(changed)[0], expected)
 
 
@@ -106,11 +106,11 @@ def test_projections_are_in_no_checkpoint_and_no_pickle():
 
 def test_projections_come_from_the_seed_alone():
     """These values may never change: vectors that were trained around them are in people's checkpoints."""
-    A = projection(0, "A", (4, 6), CPU, torch.float32)
+    A = projection(VeRAConfig(r=4, seed=0), "A", 6, CPU, torch.float32)
     torch.testing.assert_close(A[0], torch.tensor(PINNED), rtol=0, atol=1e-6)
-    assert not torch.equal(A, projection(1, "A", (4, 6), CPU, torch.float32))
+    assert not torch.equal(A, projection(VeRAConfig(r=4, seed=1), "A", 6, CPU, torch.float32))
     before = torch.random.get_rng_state()
-    projection(2, "A", (4, 6), CPU, torch.float32)
+    projection(VeRAConfig(r=4, seed=2), "A", 6, CPU, torch.float32)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -118,7 +118,7 @@ PINNED = [0.9677329, -0.0685625, -0.9693934, 0.4733902, -0.3227369, -0.3774921]
 
 
 def test_projections_are_kaiming_uniform_and_independent():
-    A, B = (projection(0, factor, (512, 512), CPU, torch.float32) for factor in "AB")
+    A, B = (projection(VeRAConfig(r=512), factor, 512, CPU, torch.float32) for factor in "AB")
     for matrix in (A, B):
         assert matrix.abs().max() <= math.sqrt(6 / 512)
         assert matrix.var().item() == pytest.approx(2 / 512, rel=0.02)  # 262,144 draws: the sample deviates by 0.2%
@@ -128,7 +128,7 @@ def test_projections_are_kaiming_uniform_and_independent():
 
 def test_vera_made_in_inference_mode_shares_what_can_be_trained():
     with torch.inference_mode():
-        projection(5, "A", (R, IN), CPU, torch.float64)
+        projection(VeRAConfig(r=R, seed=5), "A", IN, CPU, torch.float64)
     net = model(seed=5)
     net(torch.randn(N, IN, dtype=torch.float64)).sum().backward()
 
