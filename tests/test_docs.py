@@ -74,6 +74,7 @@ def outcome(block: Block, page: Path, names: dict[str, object]) -> str:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo's own, where a graph begins
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`:UserWarning")  # the Trainer's default logger
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # between PEFT and transformers
 @pytest.mark.parametrize("name", PYTHON)
 def test_the_code_of_a_page_runs_from_top_to_bottom_and_says_what_the_page_says(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
