@@ -4,10 +4,12 @@ import ast
 import contextlib
 import io
 import re
+import shlex
 import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import yaml
 
 import lightning_lora
 from lightning_lora import LoRACallback
+from lightning_lora.cli.main import _parser
 from tests.documented import GIVEN
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +99,22 @@ def test_a_section_lora_makes_a_callback(name):
         LoRACallback(**settings.get("lora", {}))
 
 
+COMMANDS = sorted(
+    {
+        line
+        for those in of("").values()
+        for block in those
+        for line in re.findall(r"^(?:\$ )?(lightning-lora (?!fit)\w+(?: .*)?)$", block.text, re.MULTILINE)
+    }
+)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_command_line_knows_what_a_page_types(line):
+    _, *arguments = shlex.split(line)
+    assert _parser().parse_args(arguments).command == arguments[0]
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_files_that_a_page_names_exist(name):
     text = FENCE.sub("", PAGES[name].read_text())
@@ -110,6 +129,7 @@ def test_every_test_that_the_traps_name_exists(file, test):
     assert test in names_in(ROOT / file)
 
 
+@cache
 def names_in(path: Path) -> set[str]:
     """Names of the tests of a file as pytest has them, without parameters."""
     found = set()
