@@ -187,12 +187,20 @@ def _settings(folder: Path, metadata: Mapping[str, Any] | None) -> dict[str, Any
     if metadata is not None and metadata.get(_REPLACED) == hashlib.sha256(data).hexdigest():
         tell(f"{folder}: {CONFIG} is of an earlier save, the last was interrupted; its config is in {WEIGHTS}")
         data = json.dumps(metadata.get(_SETTINGS)).encode()
-    try:
+    with _remedied():
         settings = peft.parse(data)
+    peft.check_supported(settings)
+    with _remedied():
+        peft.check_complete(settings)
+    return settings
+
+
+@contextmanager
+def _remedied() -> Iterator[None]:
+    try:
+        yield
     except AdapterError as error:
         raise AdapterError(f"{error}. {AGAIN}") from None
-    peft.check_supported(settings)
-    return settings
 
 
 def _config_bytes(folder: Path) -> bytes | None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterError, listing
-from lightning_lora.io.adapter_file import WEIGHTS, AdapterFile
+from lightning_lora.io.adapter_file import AGAIN, WEIGHTS, AdapterFile
 from lightning_lora.io.keys import PREFIX, canonical
 from lightning_lora.model.biases import bias_of, biased_layers, is_projection, trained_biases
 from lightning_lora.model.layers import require_adapters
@@ -68,7 +68,7 @@ def separated(model: nn.Module, file: AdapterFile) -> AdapterFile:
     if packed:
         raise AdapterError(
             f"bias={bias!r}, and {listing(packed)} belongs to an nn.MultiheadAttention, of which the bias cannot be "
-            "trained here"
+            "trained here. Load it with PEFT, merge_and_unload(), and go on from the merged model"
         )
     ends = tuple(file.settings.get("modules_to_save") or ())
     live = {canonical(path): bias_of(model.get_submodule(path)) for path in biased_layers(model)}
@@ -77,7 +77,9 @@ def separated(model: nn.Module, file: AdapterFile) -> AdapterFile:
     keys = {path: _key(path, adapted=path in file.adapters) for path in wanted}
     lacking = [key for key in keys.values() if key not in file.others]
     if lacking or not keys:
-        raise AdapterError(f"bias={bias!r}, and {WEIGHTS} has no {listing(lacking) or 'bias'} of a layer of this model")
+        raise AdapterError(
+            f"bias={bias!r}, and {WEIGHTS} has no {listing(lacking) or 'bias'} of a layer of this model. {AGAIN}"
+        )
     found = {path: file.others[key] for path, key in keys.items()}
     _check_shapes(found, live)
     copies = {f"{PREFIX}{path}{copy}" for path in whole for copy in _COPIES}
@@ -96,7 +98,7 @@ def separated_alone(file: AdapterFile) -> AdapterFile:
         return file
     keys = {path: key for key in file.others if (path := _biased(file, key)) is not None}
     if not keys:
-        raise AdapterError(f"bias={bias!r}, and {WEIGHTS} has no bias")
+        raise AdapterError(f"bias={bias!r}, and {WEIGHTS} has no bias. {AGAIN}")
     others = {key: t for key, t in file.others.items() if key not in keys.values() and not key.endswith(_COPIES)}
     return replace(file, others=others, biases={path: file.others[key] for path, key in keys.items()})
 
@@ -115,7 +117,10 @@ def _check_shapes(found: Mapping[str, Tensor], live: Mapping[str, Tensor | None]
         here = live[path]
         if here is None or tensor.shape != here.shape:
             shape = None if here is None else tuple(here.shape)
-            raise AdapterError(f"{path}.bias has shape {tuple(tensor.shape)} in the file, the model has {shape}")
+            raise AdapterError(
+                f"{path}.bias has shape {tuple(tensor.shape)} in the file, the model has {shape}. Load it into a model "
+                "of the sizes it was trained on"
+            )
 
 
 def _key(path: str, *, adapted: bool) -> str:

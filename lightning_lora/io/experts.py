@@ -76,6 +76,20 @@ def unpacked_stacks(model: nn.Module, file: AdapterFile) -> AdapterFile:
     return replace(file, settings=settings, adapters=adapters)
 
 
+def refuse_stacks(file: AdapterFile) -> None:
+    """Refuse what cannot be told without the model: which tensors are whose, and how many experts there are.
+
+    Raises:
+        AdapterError: If the file holds adapters on stacks of experts.
+    """
+    if file.settings.get("target_parameters"):
+        raise AdapterError(
+            "it holds adapters on stacks of experts (target_parameters), which are told apart by the model alone. "
+            "load_adapter(model, folder) reads and checks them, export_merged(model, folder) then writes the merged "
+            "model"
+        )
+
+
 def _unpacked(key: str, adapters: dict[str, Mapping[str, Tensor]], experts: int) -> dict[str, Tensor]:
     """Take the factors of one stack out of the file, as ``(E, R, I)`` and ``(E, O, R)``."""
     pair = adapters.pop(key, {})

@@ -19,6 +19,7 @@ from lightning_lora.io.base_files import BaseFiles
 from lightning_lora.io.biases import separated_alone
 from lightning_lora.io.checkpoint_file import read_checkpoint
 from lightning_lora.io.description import KEY, describe_configs
+from lightning_lora.io.experts import refuse_stacks
 from lightning_lora.io.fingerprint import base_name
 from lightning_lora.io.fitting import configs_of
 from lightning_lora.io.keys import adapter_key, by_parameter
@@ -93,6 +94,7 @@ def unpacked_alone(file: AdapterFile) -> AdapterFile:
     Raises:
         AdapterError: If it contradicts itself.
     """
+    refuse_stacks(file)
     return separated_alone(vera.unpacked_alone(attention.unpacked_alone(file)))
 
 

@@ -18,6 +18,7 @@ from lightning_lora.io.adapter_file import CONFIG, WEIGHTS, AdapterFile
 from lightning_lora.io.adapter_folder import as_here, fill
 from lightning_lora.io.base_files import MODEL_CONFIG, BaseFiles
 from lightning_lora.io.description import CHANCE
+from lightning_lora.io.experts import refuse_stacks
 from lightning_lora.io.export import merged_metadata, refuse_adapter_folder
 from lightning_lora.io.fingerprint import Comparison, compare
 from lightning_lora.io.fitting import plan_for
@@ -110,6 +111,7 @@ def _checked(files: BaseFiles, adapter: Path) -> tuple[AdapterFile, Mapping[str,
     """
     try:
         file = adapter_file.read(adapter)
+        refuse_stacks(file)
         transposed = _transposed(files, file)
         skeleton = files.skeleton(file.adapters, transposed=transposed)
         plain = replace(file, settings={**file.settings, "fan_in_fan_out": False})

@@ -39,6 +39,7 @@ _MUST_BE_OFF = (
     "use_qalora",
     "velora_config",
 )
+_ELSEWHERE = "Load it with PEFT, merge_and_unload(), and go on from the merged model"
 
 
 def to_peft(
@@ -81,20 +82,28 @@ def to_peft(
 
 
 def check_supported(settings: Mapping[str, Any]) -> None:
-    """Raise ``AdapterError`` if a setting is missing, or changes the function in a way not supported."""
+    """Raise ``AdapterError`` if a setting changes the function in a way not supported."""
     kind = settings.get("peft_type")
     if kind not in ("LORA", "VERA"):
-        raise AdapterError(f"peft_type is {kind!r:.80}, expected 'LORA' or 'VERA'")
+        raise AdapterError(f"peft_type is {kind!r:.80}, expected 'LORA' or 'VERA'. {_ELSEWHERE}")
     on = [f"{key}={settings[key]!r:.80}" for key in _MUST_BE_OFF if settings.get(key)]
     on += ["target_parameters, which VeRA has not"] if kind == "VERA" and settings.get("target_parameters") else []
     if on:
-        raise AdapterError(f"it uses {listing(on)}, which cannot be loaded yet")
+        raise AdapterError(f"it uses {listing(on)}, which cannot be loaded yet. {_ELSEWHERE}")
+
+
+def check_complete(settings: Mapping[str, Any]) -> None:
+    """Raise ``AdapterError`` if a setting is missing, or is nothing that PEFT writes."""
+    kind = str(settings["peft_type"])
     biases = ("none", "all", f"{kind.lower()}_only")
     if settings.get("bias", "none") not in biases:
         raise AdapterError(f"bias is {settings['bias']!r:.80}, expected one of {', '.join(biases)}")
     missing = [key for key in (("r", "lora_alpha") if kind == "LORA" else ("r",)) if key not in settings]
     if missing:
         raise AdapterError(f"{listing(missing)} is missing; without it the adapter would be scaled wrongly")
+    targets = settings.get("target_modules")
+    if targets is not None and not isinstance(targets, list | str):
+        raise AdapterError(f"target_modules is {targets!r:.80}, expected a list of names")
     whole = settings.get("modules_to_save") or []
     if not isinstance(whole, list) or not all(isinstance(name, str) and name for name in whole):
         raise AdapterError(f"modules_to_save is {whole!r:.80}, expected a list of names")
@@ -114,6 +123,7 @@ def from_peft(
         AdapterError: If a setting is missing, broken, or changes the function in a way not supported.
     """
     check_supported(settings)
+    check_complete(settings)
     ranks, alphas = (_patterns(settings, key) for key in ("rank_pattern", "alpha_pattern"))
     try:
         return {

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterError, listing
-from lightning_lora.io.adapter_file import AdapterFile
+from lightning_lora.io.adapter_file import AGAIN, AdapterFile
 from lightning_lora.io.keys import adapter_key, canonical
 from lightning_lora.model.split import layer_at, named_layers
 from lightning_lora.nn.adapted import AdaptedLayer
@@ -195,7 +195,7 @@ def _check_rank(rank: object, vectors: Mapping[str, Tensors]) -> None:
     for path, tensors in vectors.items():
         found = tuple(tensors[_D].shape) if _D in tensors else "no such tensor"
         if found != (rank,):
-            raise AdapterError(f"{path}.{_D} has shape {found}, expected ({rank},) for r={rank}")
+            raise AdapterError(f"{path}.{_D} has shape {found}, expected ({rank!r:.80},) for r={rank!r:.80}. {AGAIN}")
 
 
 def _candidates(
@@ -246,7 +246,9 @@ def _fitting(layouts: list[_Layout], rank: int, found: Tensors) -> _Layout:
     shapes = {factor: tuple(matrix.shape) for factor, matrix in found.items()}
     expected = {"A": (rank, layouts[0].columns), "B": (layouts[0].rows, rank)}
     if shapes != expected:
-        raise AdapterError(f"the projections have shapes {shapes}, expected {expected} for r={rank} over these layers")
+        raise AdapterError(
+            f"the projections have shapes {shapes}, expected {expected} for r={rank!r:.80} over these layers"
+        )
     fitting = [layout for layout in layouts if layout.rank() == rank]
     if any(matrix.is_meta for matrix in found.values()):  # of a file that is not read yet there are only shapes
         return (fitting or layouts)[0]

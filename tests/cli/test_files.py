@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import (
+    DoRAConfig,
     LoRACallback,
     LoRAConfig,
+    LoRAFAConfig,
+    VeRAConfig,
     export_merged,
     inject,
     load_adapter,
@@ -117,6 +120,33 @@ def test_what_is_none_of_ours_is_refused(command, tmp_path, capsys):
     torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
     assert "was not written by LoRACallback" in refused([command, tmp_path / "x.ckpt"], capsys)
     assert "is a URL" in refused([command, "https://example.org/x.ckpt"], capsys)
+
+
+OTHERS = {
+    "dora": (DoRAConfig(r=2), ["norm_A", "norm_B", "norm_magnitude_vector"]),
+    "lora_fa": (LoRAFAConfig(r=2), ["norm_A", "norm_B"]),
+    "vera": (VeRAConfig(r=4), ["norm_vera_lambda_d", "norm_vera_lambda_b"]),
+}
+
+
+@pytest.mark.parametrize(("config", "norms"), OTHERS.values(), ids=OTHERS)
+def test_other_methods_and_biases_are_described_and_verified(config, norms, tmp_path, capsys):
+    model = inject(Net(), ["q_proj", "up_proj"], config, train="head", train_bias="adapted")
+    save_adapter(randomize(model), tmp_path)
+    found = inspected(tmp_path, capsys)
+    assert (found["method"], found["r"]) == (config.method, config.r)
+    assert found["biases"] == ["blocks.0.up_proj", "blocks.1.up_proj"]
+    assert found["train"] == ["head"]
+    for each in found["layers"]:
+        adapter = model.get_submodule(each["name"]).adapter("default")
+        assert {key for key in each if key.startswith("norm_")} == {*norms, "norm_update"}
+        for name, tensor in adapter.named_parameters():
+            norm = each[f"norm_{name.removeprefix('lora_')}"]
+            assert norm == pytest.approx(tensor.double().norm().item())
+        assert (each["norm_update"] is None) == (config.method != "lora_fa")
+    assert "bias='" in found["readers"]["vLLM"]
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert main(["verify", str(tmp_path)]) == 0
 
 
 # ---- verify
@@ -244,6 +274,40 @@ def test_code_in_a_pickle_is_not_run(folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("bias", ["none", "adapted", "all"])
+@pytest.mark.parametrize("method", ["dora", "lora_fa"])
+def test_other_methods_and_biases_are_converted_both_ways(method, bias, trainer, tmp_path):
+    lora = LoRACallback(r=4, method=method, train="head", train_bias=bias, output_dir=tmp_path / "out")
+    run = trainer(lora, max_epochs=1)
+    module = seeded()
+    run.fit(module, loader())
+    assert main(["convert", run.checkpoint_callback.best_model_path, "--out", str(tmp_path / "converted")]) == 0
+    one, other = (load_adapter(seeded().net, tmp_path / name) for name in ("out", "converted"))
+    state = other.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in one.state_dict().items())
+    assert json.loads((tmp_path / "converted" / "adapter_config.json").read_text())["bias"] == (
+        {"adapted": "lora_only"}.get(bias, bias)
+    )
+    path = tmp_path / "back.ckpt"
+    assert main(["convert", str(tmp_path / "converted"), "--out", str(path), "--prefix", "net."]) == 0
+    assert torch.equal(merge(_load(path))(TOKENS), module.eval()(TOKENS))
+    assert main(["verify", str(path)]) == 0
+
+
+def test_vera_is_converted_with_the_model_alone(trainer, tmp_path, capsys):
+    run = trainer(LoRACallback(r=4, method="vera", output_dir=tmp_path / "out"), max_epochs=1)
+    run.fit(seeded(), loader())
+    path = run.checkpoint_callback.best_model_path
+    said = refused(["convert", path, "--out", tmp_path / "new"], capsys)
+    assert "(method 'vera') and" in said
+    assert "cannot be converted without the model. Use load_from_checkpoint(...) and save_adapter(...)" in said
+    said = refused(["convert", tmp_path / "out", "--out", tmp_path / "new.ckpt"], capsys)
+    assert "it holds VeRA" in said
+    assert "load_adapter(model, folder)" in said
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new.ckpt").exists()
+
+
 def test_what_cannot_be_converted_without_the_model_says_how_else(trainer, tmp_path, capsys):
     class Conv(Module):
         def __init__(self):
@@ -298,7 +362,7 @@ def test_a_folder_whose_base_was_quantized_without_the_start_is_no_checkpoint_an
 
 
 @pytest.mark.parametrize("method", ["dora", "lora_fa", "vera"])
-def test_checkpoints_of_other_methods_are_described_and_not_converted_wrongly(method, trainer, tmp_path, capsys):
+def test_checkpoints_of_other_methods_are_described(method, trainer, capsys):
     run = trainer(LoRACallback(method=method, r=4), max_epochs=1)
     run.fit(seeded(), loader())
     path = run.checkpoint_callback.best_model_path
@@ -309,11 +373,6 @@ def test_checkpoints_of_other_methods_are_described_and_not_converted_wrongly(me
     ][0]
     assert main(["inspect", path]) == 0
     assert main(["verify", path]) == 0
-    capsys.readouterr()
-    said = refused(["convert", path, "--out", tmp_path / "out"], capsys)
-    assert f"method '{method}'" in said
-    assert "save_adapter" in said
-    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_on_attention_are_described_by_projection_and_no_reader_is_promised(tmp_path, capsys):
@@ -327,7 +386,7 @@ def test_adapters_on_attention_are_described_by_projection_and_no_reader_is_prom
         layer = model.get_submodule(name)
         update = (layer.merged_weight() - layer.base_weight()).double()
         assert norms[name] == pytest.approx(update.norm().item(), rel=1e-4)  # a difference in float32
-    assert "an adapted attention" in found["readers"]["vLLM"]
+    assert "adapters on nn.MultiheadAttention" in found["readers"]["vLLM"]
     assert main(["convert", str(tmp_path / "a"), "--out", str(tmp_path / "x.ckpt")]) == 0
     said = refused(["convert", tmp_path / "x.ckpt", "--out", tmp_path / "b"], capsys)
     assert "projection of an attention" in said

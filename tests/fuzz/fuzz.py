@@ -31,9 +31,19 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAError, inject, load_adapter, load_from_checkpoint, save_adapter
+from lightning_lora import (
+    DoRAConfig,
+    LoRAConfig,
+    LoRAError,
+    VeRAConfig,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+)
 from lightning_lora.callbacks.checkpoints import reduce_checkpoint
 from lightning_lora.callbacks.finetune import FineTune
+from lightning_lora.io.inspection import inspect
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SECONDS, GIGABYTE = 5, 2**30
@@ -58,9 +68,17 @@ class Net(LightningModule):
         return self.head(self.body[2](self.body[1](self.body[0](x)))) + self.body[3](torch.arange(4))[:, :3]
 
 
-def trained() -> Net:
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"targets": "body.*", "config": LoRAConfig(r=2, alpha=3), "train": "head"},
+    "dora": {"targets": "body.*", "config": DoRAConfig(r=2, alpha=3), "train": "head", "train_bias": "adapted"},
+    "vera": {"targets": ["body.0", "body.2"], "config": VeRAConfig(r=4), "train_bias": "all"},
+}
+ODDS = (3, 1, 1)
+
+
+def trained(kind: str) -> Net:
     net = Net().eval()
-    inject(net, "body.*", LoRAConfig(r=2, alpha=3), train="head")
+    inject(net, **KINDS[kind])
     with torch.random.fork_rng():
         torch.manual_seed(1)
         for parameter in net.parameters():
@@ -70,11 +88,13 @@ def trained() -> Net:
 
 
 def write_originals(folder: Path) -> None:
-    net = trained()
-    save_adapter(net, folder / "adapter")
-    checkpoint = {"epoch": 0, "global_step": 3, "pytorch-lightning_version": "2.6.6", "state_dict": net.state_dict()}
-    reduce_checkpoint(checkpoint, FineTune.of_adapters(net))
-    torch.save(checkpoint, folder / "x.ckpt")
+    for kind in KINDS:
+        net = trained(kind)
+        save_adapter(net, folder / kind)
+        state = net.state_dict()
+        checkpoint = {"epoch": 0, "global_step": 3, "pytorch-lightning_version": "2.6.6", "state_dict": state}
+        reduce_checkpoint(checkpoint, FineTune.of_adapters(net))
+        torch.save(checkpoint, folder / f"{kind}.ckpt")
 
 
 # ---- damage to bytes
@@ -245,20 +265,24 @@ def timed_out(*_: Any) -> None:
     raise TimeoutError
 
 
-def trial(work: Path, originals: Path, draw: random.Random, watch: Watch, expected: torch.Tensor) -> str:
+def trial(work: Path, originals: Path, draw: random.Random, watch: Watch, expected: dict[str, torch.Tensor]) -> str:
     """Run one trial and say how it ended; anything with a capital letter is a failure."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    folder = draw.random() < 0.6
+    kind, folder = draw.choices(list(KINDS), ODDS)[0], draw.random() < 0.6
+    looked = draw.random() < 0.2
     if folder:
-        shutil.copytree(originals / "adapter", work / "adapter")
+        shutil.copytree(originals / kind, work / "adapter")
         draw.choices(FOLDER, FOLDER_WEIGHTS)[0](work / "adapter", draw)
     else:
-        shutil.copy(originals / "x.ckpt", work / "x.ckpt")
+        shutil.copy(originals / f"{kind}.ckpt", work / "x.ckpt")
         draw.choices(CHECKPOINT, CHECKPOINT_WEIGHTS)[0](work / "x.ckpt", draw)
     watch.told, watch.caught, watch.armed = False, [], True
     signal.alarm(SECONDS)
     try:
+        if looked:
+            inspect(work / ("adapter" if folder else "x.ckpt"))
+            return "described"
         net = load_adapter(Net().eval(), work / "adapter") if folder else load_from_checkpoint(Net, work / "x.ckpt")
     except LoRAError as error:
         said = str(error)
@@ -274,7 +298,7 @@ def trial(work: Path, originals: Path, draw: random.Random, watch: Watch, expect
         watch.armed = False
         if watch.caught:
             return f"CODE: {watch.caught}"  # noqa: B012 (it overrules whatever else happened)
-    if torch.equal(net(X), expected):
+    if torch.equal(net(X), expected[kind]):
         return "the very adapter"
     return "another adapter, and said so" if watch.told else "SILENT CHANGE"
 
@@ -290,12 +314,10 @@ def run(trials: int, seed: int) -> Counter[str]:
         originals, work = Path(place) / "originals", Path(place) / "work"
         originals.mkdir()
         write_originals(originals)
-        expected = trained()(X).detach()
-        for check in (
-            load_adapter(Net().eval(), originals / "adapter"),
-            load_from_checkpoint(Net, originals / "x.ckpt"),
-        ):
-            assert torch.equal(check(X), expected)
+        expected = {kind: trained(kind)(X).detach() for kind in KINDS}
+        for kind in KINDS:
+            assert torch.equal(load_adapter(Net().eval(), originals / kind)(X), expected[kind])
+            assert torch.equal(load_from_checkpoint(Net, originals / f"{kind}.ckpt")(X), expected[kind])
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTE, resource.RLIM_INFINITY))
         for number in range(trials):

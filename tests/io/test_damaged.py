@@ -22,9 +22,11 @@ from torch import nn
 from lightning_lora import (
     AdapterError,
     CheckpointError,
+    DoRAConfig,
     LoRACallback,
     LoRAConfig,
     LoRAError,
+    VeRAConfig,
     inject,
     load_adapter,
     load_from_checkpoint,
@@ -32,6 +34,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.cli.main import main
+from lightning_lora.nn.adapter import AdapterConfig
 from tests.callbacks import conftest
 from tests.callbacks.conftest import Module, loader
 from tests.conftest import Net, randomize
@@ -117,6 +120,17 @@ def resaved(edit: Callable[[dict], object]) -> Damage:
         tensors = load_file(folder / WEIGHTS)
         edit(tensors)
         save_file(tensors, folder / WEIGHTS, metadata)
+
+    return damage
+
+
+def foreign(edit: Callable[[dict], object]) -> Damage:
+    """The tensors changed and saved without our header, which would give that away."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        edit(tensors)
+        save_file(tensors, folder / WEIGHTS)
 
     return damage
 
@@ -246,6 +260,12 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "alpha infinite": (edit_config(lora_alpha=float("inf")), "alpha"),
     "dropout edited": (edit_config(lora_dropout=0.5), r"disagree.*dropout"),
     "a rank pattern that never ends": (edit_config(rank_pattern={"(a|a)*" * 20 + "b": 2}), "only names of layers"),
+    "targets a number": (edit_config(target_modules=3), "target_modules is 3, expected a list"),
+    "another method": (edit_config(use_dora=True), "lora_magnitude_vector|disagree"),
+    "another format": (edit_config(peft_type="VERA"), "vera_lambda_d has shape no such tensor"),
+    "biases that are not there": (edit_config(bias="lora_only"), "has no bias of a layer"),
+    "biases of every layer that are not there": (edit_config(bias="all"), r"has no .*q_proj|has no .*bias"),
+    "biases no PEFT has": (edit_config(bias=["all"]), "expected one of none, all, lora_only"),
     "more targets": (edit_config(target_modules=["q_proj", "up_proj"]), "names layers that .* has no tensors for"),
 }
 
@@ -266,6 +286,69 @@ def test_damage_is_named_and_nothing_changes(damage, words, present, folder):
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+A_BIAS = "base_model.model.blocks.0.up_proj.base_layer.bias"
+VECTOR = "base_model.model.blocks.0.up_proj.lora_magnitude_vector"
+D, LAMBDA = (f"base_model.model.blocks.0.up_proj.vera_lambda_{letter}" for letter in "db")
+OTHER_METHODS: dict[str, tuple[AdapterConfig, Damage, str]] = {
+    "DoRA called LoRA": (
+        DoRAConfig(r=2),
+        edit_config(use_dora=False),
+        "method is 'dora' there and 'lora' here",
+    ),
+    "magnitudes lost": (DoRAConfig(r=2), foreign(lambda t: t.pop(VECTOR)), "has no lora_magnitude_vector"),
+    "magnitudes of another size": (
+        DoRAConfig(r=2),
+        foreign(lambda t: t.update({VECTOR: t[VECTOR][:3].clone()})),
+        r"shape \(3,\), expected \(128,\)",
+    ),
+    "a bias lost": (DoRAConfig(r=2), foreign(lambda t: t.pop(A_BIAS)), "has no .*up_proj.base_layer.bias"),
+    "a bias of another size": (
+        DoRAConfig(r=2),
+        foreign(lambda t: t.update({A_BIAS: torch.ones(3)})),
+        r"up_proj.bias has shape \(3,\) in the file, the model has \(128,\)",
+    ),
+    "biases not called for": (DoRAConfig(r=2), edit_config(bias="none"), "overwrite the base"),
+    "a bias flipped": (DoRAConfig(r=2), resaved(lambda t: t[A_BIAS].add_(1)), "SHA-256"),
+    "VeRA called LoRA": (VeRAConfig(r=4), edit_config(peft_type="LORA", lora_alpha=4, bias="none"), "overwrite|vera"),
+    "another seed in the header": (
+        VeRAConfig(r=4),
+        of_ours(lambda ours: ours.update(seed=7)),
+        "projections are not those that its seed draws",
+    ),
+    "projections changed": (
+        VeRAConfig(r=4),
+        foreign(lambda t: t["base_model.vera_A"].add_(1)),
+        "projections are not those that its seed draws",
+    ),
+    "projections no matrices": (
+        VeRAConfig(r=4),
+        foreign(lambda t: t.update({"base_model.vera_A": torch.ones(3)})),
+        "projections have shapes",
+    ),
+    "a vector lost": (VeRAConfig(r=4), foreign(lambda t: t.pop(D)), "vera_lambda_d has shape no such tensor"),
+    "the other vector lost": (VeRAConfig(r=4), foreign(lambda t: t.pop(LAMBDA)), "only one of vera_lambda_b and"),
+    "r of the header as text": (VeRAConfig(r=4), of_ours(lambda ours: ours.update(r="4")), "does not say what its Ve"),
+}
+
+
+@pytest.mark.parametrize("look", [False, True], ids=["load", "inspect"])
+@pytest.mark.parametrize(("config", "damage", "words"), OTHER_METHODS.values(), ids=OTHER_METHODS)
+def test_damage_to_what_other_methods_and_biases_bring_is_named(config, damage, words, look, tmp_path, capsys):
+    model = inject(base(), "up_proj", config, train_bias="adapted")
+    save_adapter(randomize(model), tmp_path)
+    damage(tmp_path)
+    if look:  # which finds what can be found without the model, and never fails in another way
+        code = main(["inspect", str(tmp_path)])
+        said = capsys.readouterr()
+        assert code in (0, 1)
+        assert "Traceback" not in said.err
+        assert code == 0 or str(tmp_path) in said.err
+        return
+    with pytest.raises(AdapterError) as error:
+        load_adapter(base(), tmp_path)
+    assert re.search(words, str(error.value), re.DOTALL), str(error.value)
 
 
 BENIGN: dict[str, Damage] = {

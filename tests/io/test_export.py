@@ -319,3 +319,11 @@ def test_an_export_holds_a_layer_and_its_update_and_no_more(quantized, dtype, si
     # 16 KB are for the factors and what is small.
     assert largest < tracked.peak <= 2 * largest + 2**14
     assert tracked.peak < sum(t.nbytes for t in read(tmp_path).values()) / 2
+
+
+def test_a_trained_bias_that_is_not_finite_is_not_written(tmp_path):
+    model = inject(Net(), "q_proj", LoRAConfig(r=2), train_bias="all")
+    with torch.no_grad():
+        model.norm.bias[0] = torch.nan
+    with pytest.raises(MergeError, match=r"NaN or infinity in norm\.bias"):
+        export_merged(model, tmp_path / "out")

@@ -13,8 +13,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, export_merged, inject, quantize, save_adapter
+from lightning_lora import (
+    DoRAConfig,
+    LoRAConfig,
+    LoRAFAConfig,
+    VeRAConfig,
+    export_merged,
+    inject,
+    load_adapter,
+    merge,
+    quantize,
+    save_adapter,
+)
 from lightning_lora.cli.main import main
+from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.base import dense_weight
 from tests.conftest import Net, randomize
 
@@ -285,3 +297,78 @@ def test_over_a_base_quantized_without_the_start_the_trained_weight_is_refused_a
         plain = quantize(inject(nn.Sequential(copy.deepcopy(Attending().get_submodule(name))), "0", LoRAConfig(r=1)))
         bound = (dense_weight(plain[0].base_layer, torch.float32) - base[f"{name}.weight"]).norm()
         assert (found[f"{name}.weight"] - live[f"{name}.weight"]).norm() <= bound * 1.0001, name  # sums in float32
+
+
+# ---- other methods, and biases
+
+LINEAR = ["q_proj", "up_proj", "downs.*"]
+METHODS: dict[str, tuple[AdapterConfig, list[str]]] = {
+    "dora": (DoRAConfig(r=2), TARGETS),
+    "lora_fa": (LoRAFAConfig(r=2), [*LINEAR, "conv"]),
+    "vera": (VeRAConfig(r=4), LINEAR),
+}
+
+
+def plain(base: Path) -> nn.Module:
+    model = Kinds()
+    model.load_state_dict(load_file(base / "model.safetensors"))
+    return model
+
+
+@pytest.mark.parametrize("bias", ["none", "adapted", "all"])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(("config", "targets"), METHODS.values(), ids=METHODS)
+def test_each_method_and_its_biases_are_merged_as_the_live_model_is(config, targets, quantized, bias, base, tmp_path):
+    model = randomize(inject(plain(base), targets, config, train="head", train_bias=bias), std=0.2)
+    quantize(model) if quantized else None
+    save_adapter(model, tmp_path / "adapter")
+    assert run(base, tmp_path / "adapter", tmp_path / "out") == 0
+    export_merged(model, tmp_path / "live")
+    found = read(tmp_path / "out")
+    assert_equal(found, read(tmp_path / "live"))
+    changed = [key for key, tensor in plain(base).state_dict().items() if not torch.equal(found[key], tensor)]
+    assert ("blocks.0.up_proj.bias" in changed) == (bias != "none")
+    assert ("norm.bias" in changed) == (bias == "all")
+
+
+def test_a_dora_merged_into_the_original_weights_is_the_one_loaded_over_them(base, tmp_path):
+    model = quantize(randomize(inject(plain(base), LINEAR, DoRAConfig(r=2)), std=0.2))
+    save_adapter(model, tmp_path / "adapter")
+    assert run(base, tmp_path / "adapter", tmp_path / "out", "--onto", "original") == 0
+    assert_equal(read(tmp_path / "out"), merge(load_adapter(plain(base), tmp_path / "adapter")).state_dict())
+
+
+@pytest.mark.parametrize("method", ["dora", "vera"])
+def test_what_peft_saved_is_merged_as_peft_merges_it(method, base, tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
+    config = peft.VeraConfig(**settings) if method == "vera" else peft.LoraConfig(**settings, use_dora=True)
+    theirs = randomize(peft.get_peft_model(plain(base), config), std=0.2)
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert run(base, tmp_path / "adapter", tmp_path / "out") == 0
+    expected, found = theirs.merge_and_unload().state_dict(), read(tmp_path / "out")
+    assert sorted(found) == sorted(expected)
+    for key, tensor in found.items():
+        # fp32, another order of summation
+        torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-5, msg=key)
+
+
+def test_a_vera_whose_header_is_lost_is_told_by_its_projections(base, tmp_path):
+    model = randomize(inject(plain(base), LINEAR, VeRAConfig(r=4)), std=0.2)
+    save_adapter(model, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(path), path)
+    assert run(base, tmp_path / "adapter", tmp_path / "out") == 0
+    assert_equal(read(tmp_path / "out"), merge(model).state_dict())
+
+
+def test_a_vera_with_other_projections_is_not_merged(base, tmp_path, capsys):
+    save_adapter(randomize(inject(plain(base), LINEAR, VeRAConfig(r=4))), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.vera_A"].mul_(2)
+    save_file(tensors, path)
+    assert run(base, tmp_path / "adapter", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'adapter'}: its projections are not those that its seed draws here" in said
+    assert not (tmp_path / "out").exists()

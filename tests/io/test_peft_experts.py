@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_lora import AdapterError, LoRAConfig, activate, inject, load_adapter, save_adapter
+from lightning_lora.cli.main import main
 from lightning_lora.model.layers import adapted_layers
 from tests.conftest import randomize
 from tests.nn.test_experts import MODELS, TARGETS, Products, logits
@@ -131,3 +132,46 @@ def test_a_damaged_file_says_what_is_wrong_and_changes_nothing(settings, tensors
     with pytest.raises(AdapterError, match=said):
         load_adapter(model, tmp_path)
     assert not adapted_layers(model)
+
+
+def test_biases_of_adapted_layers_stand_beside_experts_in_one_file(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return randomize(MODELS["gpt-oss"]().eval(), std=0.1)
+
+    targets = [*TARGETS, "q_proj"]
+    ours = randomize(inject(make(), targets, LoRAConfig(r=2), train_bias="adapted"), std=0.2)
+    save_adapter(ours, tmp_path)
+    loaded = load_adapter(make(), tmp_path)
+    assert torch.equal(logits(loaded.eval()), logits(ours.eval()))
+    trained = [[name for name, p in model.named_parameters() if p.requires_grad] for model in (ours, loaded)]
+    assert trained[0] == trained[1]
+    assert any(name.endswith("q_proj.base_layer.bias") for name in trained[0])
+    assert close(peft.PeftModel.from_pretrained(make(), tmp_path), ours)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"use_dora": True}, "experts"), ({"peft_type": "VERA"}, "VeRA has not")]
+)
+def test_other_methods_on_experts_are_refused_by_name(changes, said, tmp_path):
+    torch.manual_seed(0)
+    save_adapter(inject(MODELS["mixtral"](), TARGETS, LoRAConfig(r=2)), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")  # without our header, which would disagree
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(AdapterError, match=said):
+        load_adapter(MODELS["mixtral"](), tmp_path)
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "convert", "merge"])
+def test_files_alone_do_not_say_what_experts_there_are(command, tmp_path, capsys):
+    adapter, model = tmp_path / "adapter", MODELS["mixtral"]()
+    model.save_pretrained(tmp_path / "base")
+    save_adapter(inject(model, TARGETS, LoRAConfig(r=2)), adapter)
+    arguments = {
+        "convert": [adapter, "--out", tmp_path / "x.ckpt"],
+        "merge": ["--base", tmp_path / "base", "--adapter", adapter, "--out", tmp_path / "out"],
+    }.get(command, [adapter])
+    assert main([command, *map(str, arguments)]) == 1
+    assert f"{adapter}: it holds adapters on stacks of experts (target_parameters)" in capsys.readouterr().err

@@ -23,6 +23,24 @@ from lightning_lora.model.biases import trained_biases
 from tests.conftest import Net, randomize, relative_difference
 
 
+class Mix(nn.Module):
+    """Stacked experts with one bias for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 12, 16))
+        self.bias = nn.Parameter(torch.randn(12))
+
+
+class Stacks(nn.Module):
+    """Experts between two linear layers, and an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mix, self.last = nn.Linear(8, 16), Mix(), nn.Linear(12, 6)
+        self.attn = nn.MultiheadAttention(8, 2)
+
+
 def biases(model: nn.Module) -> list[str]:
     """Names of the biases that are trained, as they are in a model without adapters."""
     names = [name.replace(".base_layer", "") for name, p in model.named_parameters() if p.requires_grad]
@@ -126,6 +144,8 @@ def test_a_combined_adapter_has_the_biases_of_its_parts(net):
             TargetError,
             r"the bias of attn\.q_proj, and nn\.MultiheadAttention keeps its biases packed",
         ),
+        (lambda: Stacks(), "mix.up", "adapted", TargetError, "finds nothing to train: the adapted layers have no bias"),
+        (lambda: Stacks(), "mix.up", "all", TargetError, "the bias of mix, which is taken apart while it is adapted"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_and_nothing_changes(model, targets, choice, error, said):
@@ -134,3 +154,20 @@ def test_what_cannot_be_trained_is_refused_and_nothing_changes(model, targets, c
     with pytest.raises(error, match=said):
         inject(model, targets, LoRAConfig(r=2), train_bias=choice)
     assert [name for name, _ in model.named_parameters()] == before
+
+
+@pytest.mark.parametrize("later", ["mix.up", "attn.q_proj"])
+def test_a_module_whose_bias_is_trained_is_not_taken_apart_by_a_later_adapter(later):
+    model = inject(Stacks(), "first", LoRAConfig(r=2), train_bias="all", name="one")
+    before = [name for name, _ in model.named_parameters()]
+    with pytest.raises(AdapterError, match=r"the bias of (mix|attn\.out_proj) is trained along with another adapter"):
+        inject(model, later, LoRAConfig(r=2), name="two")
+    assert [name for name, _ in model.named_parameters()] == before
+
+
+def test_biases_outside_of_what_an_earlier_adapter_took_apart_are_trained():
+    model = inject(Stacks(), ["mix.up", "attn.q_proj"], LoRAConfig(r=2), name="one")
+    with pytest.raises(TargetError, match=r"the bias of mix\.base_module, attn\..*, which is taken apart"):
+        inject(model, "first", LoRAConfig(r=2), train_bias="all", name="two")
+    inject(model, "first", LoRAConfig(r=2), train_bias="adapted", name="two")
+    assert trained_biases(model, "two") == ["first"]
