@@ -6,7 +6,7 @@ the weight in another rounding, so that what is multiplied is no longer bit for 
 
 On an H200 prototypes took, for 4096 x 4096 and 11008 x 4096: one token 40 and 66 us dequantized, 23 and 26 us by
 ``gemm_4bit``; sixteen tokens 38 and 75 against 58 and 69. No version of this package has been measured, so no device is
-listed and every product is dequantized. ``tests/benchmarks/kernels.py --device cuda`` prints what decides.
+listed and every product is dequantized. ``tests/benchmarks/nf4_kernels.py --device cuda`` prints what decides.
 """
 
 from __future__ import annotations
