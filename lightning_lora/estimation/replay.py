@@ -100,7 +100,7 @@ def replay(model: nn.Module, batch: Any, step: Step, setup: Setup, state: int, w
         loss.backward()  # type: ignore[no-untyped-call]
         update = ledger.now()
     update["workspace"] = update.get("workspace", 0) + workspace
-    most = ledger.peak if sum(ledger.peak.values()) >= sum(update.values()) else update
+    most: dict[str, int] = ledger.peak if sum(ledger.peak.values()) >= sum(update.values()) else update
     return {part: most.get(part, 0) for part in PARTS} | {"optimizer": state}
 
 

@@ -18,12 +18,17 @@ def peak_allocations(act: Callable[[], None]) -> int:
         act()
     results = profile.profiler.kineto_results
     changes = sorted(
-        (event.start_time_ns, event.extra_fields.alloc_size)
+        (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
         for event in _all(results.experimental_event_tree())
         if event.tag == _EventType.Allocation
     )
     now = most = 0
-    for _, size in changes:
+    mine: set[int] = set()
+    for _, pointer, size in changes:
+        if size > 0:
+            mine.add(pointer)
+        elif pointer not in mine:  # garbage from before
+            continue
         now += size
         most = max(most, now)
     return most

@@ -135,7 +135,6 @@ def test_the_total_is_the_peak_of_the_allocator_within_a_tenth(method, checkpoin
 
     before = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     measured = before + peak_allocations(two_steps)
-    print(estimate(on_meta(), TOKENS, setup), measured / 2**20)
     assert estimate(on_meta(), TOKENS, setup).total == pytest.approx(measured, rel=0.1)
 
 
