@@ -81,7 +81,8 @@ def replay(model: nn.Module, batch: Any, step: Step, setup: Setup, state: int, w
         workspace: What its update needs.
     """
     trained = list(trained_parameters(model).values())
-    with Ledger("activations") as ledger:
+    ledger = Ledger("activations")
+    with ledger:
         _hold(ledger, model)
         for leaf in tree_leaves(batch):
             if isinstance(leaf, Tensor):
@@ -100,13 +101,14 @@ def replay(model: nn.Module, batch: Any, step: Step, setup: Setup, state: int, w
         loss.backward()  # type: ignore[no-untyped-call]
         update = ledger.now()
     update["workspace"] = update.get("workspace", 0) + workspace
-    most: dict[str, int] = ledger.peak if sum(ledger.peak.values()) >= sum(update.values()) else update
+    most = ledger.peak if sum(ledger.peak.values()) >= sum(update.values()) else update
     return {part: most.get(part, 0) for part in PARTS} | {"optimizer": state}
 
 
 def held(model: nn.Module) -> dict[str, int]:
     """Bytes of a model's weights by part; a tensor that stands in several places counts once."""
-    with Ledger("base") as ledger:
+    ledger = Ledger("base")
+    with ledger:
         _hold(ledger, model)
     return ledger.now()
 
