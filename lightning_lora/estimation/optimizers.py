@@ -40,6 +40,10 @@ COUNTERS: dict[str, Counter] = {
 }
 
 
+_COPIES_ON_CPU = 5
+"""``float32`` copies of what it updates that bitsandbytes 0.50 makes without a kernel, besides a cast of the weight."""
+
+
 def step_workspace(optimizer: str, parameters: Iterable[Tensor], device: str) -> int:
     """Bytes an update takes on top: ours lays parameters and gradients side by side, the others work in place.
 
@@ -47,7 +51,13 @@ def step_workspace(optimizer: str, parameters: Iterable[Tensor], device: str) ->
     """
     if optimizer != "paged_adamw_8bit":
         return 0
-    most = joining(torch.device(device))
+    most, parameters = joining(torch.device(device)), list(parameters)
     joined = [p for p in parameters if p.numel() < most.alone_from]
     size = max((p.element_size() for p in joined), default=0)
-    return 2 * size * min(sum(padded(p.numel()) for p in joined), most.limit)
+    elements = min(sum(padded(p.numel()) for p in joined), most.limit)
+    alone = [_within_update(p.numel(), p.element_size(), device) for p in parameters if p.numel() >= most.alone_from]
+    return max(2 * size * elements + _within_update(elements, size, device), *alone, 0)
+
+
+def _within_update(elements: int, size: int, device: str) -> int:
+    return 0 if device == "cuda" else 4 * elements * (_COPIES_ON_CPU + (size < 4))

@@ -38,7 +38,7 @@ class Setup:
         precision: Of the Trainer; one of ``PRECISIONS``.
         optimizer: ``"paged_adamw_8bit"``, as the callback has it; ``"adamw"``, torch's, with moments in the dtype of
             the parameters; ``"paged_adamw_32bit"``, QLoRA's.
-        device: ``"cuda"`` or ``"cpu"``: how the optimizer joins its parameters depends on it, and nothing else does.
+        device: ``"cuda"`` or ``"cpu"``: how the optimizer updates depends on it, and nothing else does.
         activation_checkpointing: None, ``"blocks"`` (those the model repeats), or patterns of modules.
 
     Raises:
