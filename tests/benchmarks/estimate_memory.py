@@ -1,7 +1,8 @@
 """estimate(model, batch) beside the peak of what PyTorch allocates in a real run of the same, on the CPU.
 
 Measured is what the CPU allocator gives out in two steps of training (forward pass, backward pass, optimizer, in
-Lightning's order), as torch.profiler reports it, and the bytes of the model before them. Estimated is from shapes.
+Lightning's order), as torch.profiler reports it, and the bytes of model and batch before them. Estimated is from
+shapes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from report import Cell, Claim, Report, command, run
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -142,8 +144,8 @@ def measure(repeats: int) -> Report:
         columns=["model", "method", "estimated, MiB", "measured, MiB", "estimated / measured"],
         rows=rows,
         claims=claims,
-        note="Peak of all tensors in a training step. *measured*: bytes of the model, and what PyTorch's CPU allocator "
-        "gave out in two steps.",
+        note="Peak of all tensors in a training step. *measured*: bytes of model and batch, and what PyTorch's CPU "
+        "allocator gave out in two steps.",
     )
 
 
@@ -163,7 +165,8 @@ def real_peak(model: nn.Module, batch: Any, setup: Setup) -> int:
     prepare(model.train(), setup)
     recompute(model, setup.activation_checkpointing)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    storages = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers()]]
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    storages = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers(), *leaves]]
     held = {storage.data_ptr(): storage.nbytes() for storage in storages}
     optimizer = FlatPagedAdamW8bit(trained)
 
