@@ -16,6 +16,8 @@ from lightning_lora.errors import (
     TargetError,
     UnsupportedError,
 )
+from lightning_lora.estimation.estimate import estimate
+from lightning_lora.estimation.setup import Setup
 from lightning_lora.io.adapter_folder import adapter_state_dict, load_adapter, save_adapter
 from lightning_lora.io.export import export_merged
 from lightning_lora.io.hub import pull_adapter, push_adapter
@@ -60,6 +62,7 @@ __all__ = [
     "NF4Config",
     "OptimizerError",
     "QuantizationError",
+    "Setup",
     "TargetError",
     "UnsupportedError",
     "VeRAConfig",
@@ -71,6 +74,7 @@ __all__ = [
     "combine",
     "delete_adapter",
     "disabled",
+    "estimate",
     "export_merged",
     "initialize_eva",
     "inject",

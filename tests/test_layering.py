@@ -17,6 +17,7 @@ BELOW = {
     "io": {"errors", "dependencies", "nn", "model"},
     "optim": {"errors", "dependencies", "nn", "model"},
     "metrics": {"errors", "nn", "model"},
+    "estimation": {"errors", "nn", "model", "optim"},
     "callbacks": {"errors", "nn", "model", "quantization", "io", "optim", "metrics"},
     "strategies": {"errors", "callbacks"},
     "cli": {
@@ -28,6 +29,7 @@ BELOW = {
         "io",
         "optim",
         "metrics",
+        "estimation",
         "callbacks",
         "strategies",
     },

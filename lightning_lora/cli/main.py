@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(commands, shared)
     _add_files(commands, shared)
     _add_plot(commands, shared)
+    _add_estimate(commands, shared)
     for name, text in RUNS.items():
         commands.add_parser(name, help=text, add_help=False)  # for this help alone
     doctor = commands.add_parser(
@@ -262,6 +263,56 @@ def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser], sha
     plot.set_defaults(run=_plot)
 
 
+def _add_estimate(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser
+) -> None:
+    estimate = commands.add_parser(
+        "estimate",
+        parents=[shared],
+        allow_abbrev=False,
+        help="say how much memory a fine-tune takes, before it runs and without weights",
+        description=(
+            "Makes one training step of the model without values, and shows what it allocates: base, adapters, "
+            "gradients, optimizer, activations, logits, workspace. Needs the model's config or code, not its weights."
+        ),
+        epilog=(
+            "example:  lightning-lora estimate --model ./my-llama/config.json --method qlora-4bit --seq 2048 "
+            "--checkpointing --gpu 24GB"
+        ),
+    )
+    estimate.add_argument(
+        "--model",
+        required=True,
+        help="config.json or folder of a Hugging Face causal language model (extra: hf), or package.module.Class of a "
+        "module that is made without arguments and takes token ids",
+    )
+    estimate.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME",
+        help="full, freeze, lora, qlora-8bit, qlora-4bit, qlora-3bit, qlora-2bit, galore or badam; may be given "
+        "several times (default: qlora-4bit)",
+    )
+    estimate.add_argument("--r", type=_positive, default=16, help="rank of the adapters (default: %(default)s)")
+    estimate.add_argument("--seq", type=_positive, default=512, help="tokens of a sequence (default: %(default)s)")
+    estimate.add_argument("--batch", type=_positive, default=1, help="sequences at once (default: %(default)s)")
+    estimate.add_argument("--checkpointing", action="store_true", help="compute each block again in the backward pass")
+    estimate.add_argument(
+        "--precision", default="bf16-true", help="of the Trainer: bf16-true, 16-true, 32-true, bf16-mixed, 16-mixed"
+    )
+    estimate.add_argument(
+        "--optimizer",
+        default="paged_adamw_8bit",
+        help="paged_adamw_8bit, adamw or paged_adamw_32bit (default: %(default)s)",
+    )
+    estimate.add_argument("--gpu", metavar="24GB", help="say what fits in so much memory; GB is 10^9 bytes, GiB 2^30")
+    estimate.add_argument("--json", action="store_true", help="print it as JSON")
+    estimate.add_argument(
+        "--out", type=Path, help="draw it too: file .png or .svg, or a name without suffix for both (extra: plot)"
+    )
+    estimate.set_defaults(run=_estimate)
+
+
 def _positive(text: str) -> int:
     try:
         value = int(text)
@@ -294,6 +345,12 @@ def _plot(options: argparse.Namespace) -> int:
     from lightning_lora.cli.plot import command
 
     return command.plot(options)
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    from lightning_lora.cli import estimating
+
+    return estimating.estimate(options)
 
 
 def _run(options: argparse.Namespace) -> int:

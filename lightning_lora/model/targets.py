@@ -267,6 +267,13 @@ def _stacks(model: nn.Module, candidates: Iterable[str]) -> list[str]:
     return [name for name in candidates if isinstance(layer_at(model, name), StackedWeight)]
 
 
+def output_heads(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers that ``"all-linear"`` leaves because they are the model's output."""
+    candidates = _candidates(model)
+    linear = [name for name, why in candidates.items() if why is None and _is_linear(layer_at(model, name))]
+    return _output_heads(model, linear)
+
+
 def _output_heads(model: nn.Module, linear: list[str]) -> list[str]:
     """What the model itself calls its output head, else the last linear layer.
 

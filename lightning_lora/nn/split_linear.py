@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.nn import functional as F
@@ -92,7 +93,7 @@ def can_split(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
         return False
     if torch.is_autocast_enabled(x.device.type) and x.dtype not in _CAST_BY_AUTOCAST:
         return False  # autocast leaves it as it is
-    plain = all(type(t) is Tensor or type(t) is nn.Parameter for t in (x, lora_A, lora_B))
+    plain = all(_is_plain(t) for t in (x, lora_A, lora_B))
     return plain and (lora_A.requires_grad or not torch.is_grad_enabled())
 
 
@@ -104,9 +105,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def is_plain_and_frozen(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether a dense weight is one that :func:`adapted_linear` may multiply with in ``dtype``."""
-    plain = type(weight) is nn.Parameter and not weight.requires_grad and not weight.is_inference()
+    plain = _is_plain(weight) and not weight.requires_grad and not weight.is_inference()
     casts = torch.is_autocast_enabled(weight.device.type) and weight.dtype in _CAST_BY_AUTOCAST
     return plain and (weight.dtype == dtype or casts)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is torch's own; one without values (to see what a step would allocate) counts as one."""
+    return type(tensor) in (Tensor, nn.Parameter, FakeTensor)
 
 
 class _Down(Function):

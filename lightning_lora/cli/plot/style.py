@@ -35,6 +35,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "gradients": {"color": "#f2f2f2", "hatch": ".."},
     "optimizer": {"color": "#b5482f", "hatch": "xx"},
     "activations": {"color": "#dde6da", "hatch": ""},
+    "logits": {"color": "#8a8f3c", "hatch": "--"},
+    "workspace": {"color": "#ffffff", "hatch": "oo"},
 }
 """What bars are made of, and how each part is filled."""
 COLORMAP = "cividis"
