@@ -14,6 +14,7 @@ NAMES = {
     "AdapterMonitor",
     "CheckpointError",
     "DoRAConfig",
+    "FP4Config",
     "GradientError",
     "LoRACLI",
     "LoRACallback",
