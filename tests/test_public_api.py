@@ -24,6 +24,8 @@ NAMES = {
     "LoRAFAConfig",
     "LoRAStrategy",
     "MergeError",
+    "NF2Config",
+    "NF3Config",
     "NF4Config",
     "OptimizerError",
     "QuantizationError",

@@ -68,7 +68,9 @@ def _prepared(module: LightningModule, checkpoint: Mapping[str, Any]) -> FineTun
         storage = _storage(description)
         if storage is not None:
             _resume(module, checkpoint["state_dict"])  # what the base was quantized without has to be known before
-            quantize(module, storage)
+            with warnings.catch_warnings():  # the adapters are trained: where they started no longer matters
+                warnings.filterwarnings("ignore", message="quantization=", category=UserWarning)
+                quantize(module, storage)
     return FineTune.of_adapters(module)
 
 

@@ -112,10 +112,10 @@ def as_quantization(value: str | QuantizationConfig | None, method: str) -> Quan
     """A storage by name, or as its config; ``"auto"`` is NF4 under adapters."""
     if value == "auto":
         value = None if method in BASELINES else "nf4"
-    if value is None or isinstance(value, QuantizationConfig):
+    if value is None or (not isinstance(value, str) and type(value) in CONFIGS.values()):
         return value
     check_choice("quantization", value, ("auto", *CONFIGS))
-    return CONFIGS[value]()
+    return CONFIGS[str(value)]()
 
 
 def as_config(method: str, **values: Any) -> Config:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.kernels import four_bits
+from lightning_lora.kernels import four_bits, normal_float
 from lightning_lora.kernels.packed import Packed
 
-BITS = {"fp4": 4}
+BITS = {"fp4": 4, "nf3": 3, "nf2": 2}
 """The codebooks, and how many bits their codes have."""
 
 
@@ -58,7 +58,9 @@ def _dequantize(
 ) -> Tensor:
     packed = Packed(codes, absmax, nested_absmax, offset, block_size).as_floats()
     packed.check(shape, dtype, BITS[codebook])
-    return four_bits.dequantize(packed, shape, dtype, codebook)
+    if codebook == "fp4":
+        return four_bits.dequantize(packed, shape, dtype, codebook)
+    return normal_float.dequantize(packed, BITS[codebook], shape, dtype)
 
 
 @torch.library.register_fake("lightning_lora::dequantize_codebook", lib=_LIBRARY)  # type: ignore[untyped-decorator]

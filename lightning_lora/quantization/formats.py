@@ -6,18 +6,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.quantization.config import FP4Config, NF4Config, QuantizationConfig
+from lightning_lora.quantization.config import FP4Config, NF2Config, NF3Config, NF4Config, QuantizationConfig
 from lightning_lora.quantization.fp4 import FP4Linear
 from lightning_lora.quantization.frozen_linear import FrozenLinear
 from lightning_lora.quantization.nf4 import NF4Linear
+from lightning_lora.quantization.normal_float import NormalFloatLinear
 
 FrozenLayer = FrozenLinear[Any]
 """A layer in any of them."""
 
-AnyConfig = NF4Config | FP4Config
+AnyConfig = NF4Config | FP4Config | NF3Config | NF2Config
 """Every config, for annotations that a parser reads."""
 
-_LAYERS: dict[type[QuantizationConfig], type[FrozenLayer]] = {NF4Config: NF4Linear, FP4Config: FP4Linear}
+_LAYERS: dict[type[QuantizationConfig], type[FrozenLayer]] = {
+    NF4Config: NF4Linear,
+    FP4Config: FP4Linear,
+    NF3Config: NormalFloatLinear,
+    NF2Config: NormalFloatLinear,
+}
 CONFIGS: dict[str, type[QuantizationConfig]] = {config.name: config for config in _LAYERS}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -18,6 +19,7 @@ from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
 from lightning_lora.nn.experts import StackedWeight
 from lightning_lora.nn.fingerprint import fingerprints
 from lightning_lora.quantization.config import NF4Config, QuantizationConfig
+from lightning_lora.quantization.expected_error import expected_error
 from lightning_lora.quantization.formats import FrozenLayer, linear_class, quantized_linear
 from lightning_lora.quantization.nf4_stack import NF4Stack
 
@@ -43,6 +45,9 @@ def quantize(
     ``Q = quantized(W - s B0 A0)``, where that brings ``deq(Q) + s B A`` nearer to ``W`` than plain quantization; it
     takes a few copies of the layer more while it is computed.
 
+    Formats that lose too much of a weight for adapters that do not start from what is lost (NF2 without
+    ``init="loftq"``) warn, with the error to expect.
+
     Args:
         model: A model with adapters.
         config: How to store the weights.
@@ -63,6 +68,7 @@ def quantize(
     dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear | StackedWeight)}
     chosen = {name: layer for name, layer in dense.items() if name not in kept}
     _check_weights(chosen)
+    _warn_of_plain_starts(chosen, config)
     _refuse_waiting({name: layer for name, layer in layers.items() if name not in chosen}, kept)
     origins = fingerprints({name: stored_weight(layer.base_layer) for name, layer in chosen.items()})
     for name, layer in progress(chosen.items(), "quantizing"):
@@ -149,6 +155,23 @@ def _refuse_waiting(layers: Mapping[str, AdaptedLayer], kept: Mapping[str, str])
         if not adapter.started
     }
     refuse_unfitted(waiting, {name: kept.get(name, "it is quantized already") for name in waiting})
+
+
+def _warn_of_plain_starts(layers: Mapping[str, AdaptedLayer], config: QuantizationConfig) -> None:
+    """Say beforehand what a run over so coarse a base starts with."""
+    plain = [
+        name
+        for name, layer in layers.items()
+        if not any(layer.adapter(active).config.starts_from == "quantization" for active in layer.active)
+    ]
+    if config.needs_start and plain:
+        warnings.warn(
+            f"quantization={config.name!r} loses {expected_error(config):.0%} of Gaussian weights (relative error; NF4 "
+            f"{expected_error(_DEFAULT):.0%}), and the adapters of {listing(plain)} do not start from what is lost: "
+            "training starts at another model. Use init='loftq', or quantization='nf4'",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _quantized(layer: AdaptedLayer, base: nn.Module, config: QuantizationConfig) -> FrozenLayer:

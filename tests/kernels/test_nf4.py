@@ -64,7 +64,7 @@ def test_constants_are_read_from_their_bits_as_well():
     [
         (
             {"codes": torch.zeros(511, dtype=torch.uint8)},
-            r"has \(512, 16, 1, 1\) bytes of codes, maxima.*got \(511, 16, 1, 1\)",
+            r"has \(512, 16, 1, 1\) bytes of codes.*got \(511, 16, 1, 1\)",
         ),
         ({"absmax": torch.zeros(15, dtype=torch.uint8)}, r"got \(512, 15, 1, 1\)"),
         ({"nested_absmax": torch.zeros(0)}, r"got \(512, 16, 0, 1\)"),

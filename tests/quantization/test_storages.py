@@ -9,7 +9,7 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import nn
 
-from lightning_lora import FP4Config, NF4Config, inject, merge, quantize, summary
+from lightning_lora import FP4Config, LoRAConfig, NF2Config, NF3Config, NF4Config, inject, merge, quantize, summary
 from lightning_lora.kernels.packed import DTYPES
 from lightning_lora.quantization.config import CodebookConfig, QuantizationConfig
 from lightning_lora.quantization.formats import CONFIGS, from_storage, quantized_linear
@@ -17,9 +17,9 @@ from lightning_lora.quantization.fp4 import FP4Linear
 from tests.conftest import randomize, relative_difference
 
 EVERY = pytest.mark.parametrize("config", [config() for config in CONFIGS.values()], ids=list(CONFIGS))
-BY_ERROR = [NF4Config(), FP4Config()]
+BY_ERROR = [NF4Config(), FP4Config(), NF3Config(), NF2Config()]
 # Relative errors on Gaussian weights in blocks of 64: of 2^20 draws the third digit is stable.
-GAUSSIAN = {"nf4": 0.0920, "fp4": 0.1220}
+GAUSSIAN = {"nf4": 0.0920, "fp4": 0.1220, "nf3": 0.1974, "nf2": 0.5640}
 
 
 def linear(out: int = 96, inner: int = 128, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
@@ -74,7 +74,7 @@ def test_more_bits_lose_less_of_gaussian_weights():
     weight = torch.randn(1024, 1024)
     errors = {config.name: error(weight, config) for config in BY_ERROR}
     assert sorted(errors, key=errors.__getitem__) == list(errors)
-    assert errors == pytest.approx(GAUSSIAN, abs=0.0007)
+    assert errors == pytest.approx(GAUSSIAN, abs=0.001)
 
 
 @EVERY
@@ -157,3 +157,22 @@ def test_the_words_of_a_storage_give_its_config_back(config):
 def test_words_of_no_storage_are_refused(words):
     with pytest.raises(ValueError, match=r"is no .*storage"):
         from_storage(words)
+
+
+def test_nf2_without_a_start_from_what_is_lost_warns_with_the_error_to_expect():
+    def model(init: str) -> nn.Module:
+        return inject(nn.Sequential(nn.Linear(64, 32)), "*", LoRAConfig(r=4, init=init))
+
+    with pytest.warns(UserWarning, match=r"'nf2' loses 57% .*NF4 9%.*adapters of 0 do not.*'loftq'"):
+        quantize(model("kaiming"), NF2Config())
+    quantize(model("loftq"), NF2Config())  # warnings are errors here
+    quantize(model("kaiming"), NF3Config())
+
+
+@pytest.mark.parametrize("config", [NF3Config(), NF2Config()], ids=["nf3", "nf2"])
+def test_loftq_takes_a_good_part_of_the_error_of_few_bits_away(config):
+    weight = torch.randn(128, 128)
+    dense = linear(128, 128, bias=False)
+    dense.weight.copy_(weight)
+    model = quantize(inject(nn.Sequential(dense), "*", LoRAConfig(r=16, init="loftq")), config)
+    assert torch.linalg.norm(model[0].merged_weight() - weight) <= 0.85 * error(weight, config) * weight.norm()
