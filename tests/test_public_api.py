@@ -16,6 +16,7 @@ NAMES = {
     "DoRAConfig",
     "FP4Config",
     "GradientError",
+    "Int8Config",
     "LoRACLI",
     "LoRACallback",
     "LoRAConfig",

@@ -86,8 +86,8 @@ class LoRACallback(Callback):
         scaling: ``"standard"`` or ``"rslora"``.
         exclude: Names or globs of layers to leave as they are.
         train: Names or globs of modules to train whole and save along, such as a new head.
-        quantization: ``"nf4"``, ``"fp4"``, ``"nf3"``, ``"nf2"`` (with ``init="loftq"``), their configs
-            (``NF4Config(block_size=128)``), or None for a base in its own precision (plain LoRA). ``"auto"`` is
+        quantization: ``"nf4"``, ``"fp4"``, ``"nf3"``, ``"nf2"`` (with ``init="loftq"``), ``"int8"``, their
+            configs (``NF4Config(block_size=128)``), or None for a base in its own precision (plain LoRA). ``"auto"`` is
             ``"nf4"`` under adapters and None for the methods without.
         optimizer: ``"paged_adamw_8bit"``, or None to keep the class ``configure_optimizers`` returns.
         lr_ratio: The learning rate of every factor ``B`` is this multiple of what its optimizer group has (LoRA+, which

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from lightning_lora.errors import QuantizationError
 from lightning_lora.kernels.packed import NESTED_BLOCK
@@ -13,6 +12,7 @@ from lightning_lora.nn.base import register_adopter
 from lightning_lora.quantization.config import FP4Config, NF4Config
 from lightning_lora.quantization.four_bits import FourBitLinear
 from lightning_lora.quantization.fp4 import FP4Linear
+from lightning_lora.quantization.int8 import Int8Linear
 from lightning_lora.quantization.nf4 import NF4Linear
 
 _FOUR_BITS = {"nf4": (NF4Config, NF4Linear), "fp4": (FP4Config, FP4Linear)}
@@ -52,12 +52,21 @@ def adopt_linear4bit(layer: Any) -> FourBitLinear:
     return taken.train(layer.training)
 
 
-def refuse_linear8bit(layer: nn.Module) -> FourBitLinear:
-    """Say that 8-bit bases are not supported."""
-    raise QuantizationError(
-        f"{type(layer).__name__} holds an 8-bit base, which cannot be adapted yet; load the model in 4-bit or 16-bit"
-    )
+def adopt_linear8bit(layer: Any) -> Int8Linear:
+    """Turn a quantized ``Linear8bitLt`` into an :class:`Int8Linear` with the same codes and maxima, bit for bit.
+
+    Raises:
+        QuantizationError: If the layer is not quantized (yet).
+    """
+    if layer.weight.dtype != torch.int8:
+        raise QuantizationError(
+            "this Linear8bitLt is not quantized: its weights are 16-bit (has_fp16_weights=True), or it has not been "
+            "moved to its device yet. Move the model first, or build it with nn.Linear and pass quantization='int8'"
+        )
+    if layer.bias is not None:
+        layer.bias.requires_grad_(False)
+    return Int8Linear.from_linear8bit(layer)
 
 
 register_adopter("bitsandbytes.nn.modules.Linear4bit", adopt_linear4bit)
-register_adopter("bitsandbytes.nn.modules.Linear8bitLt", refuse_linear8bit)
+register_adopter("bitsandbytes.nn.modules.Linear8bitLt", adopt_linear8bit)

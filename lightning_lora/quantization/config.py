@@ -189,3 +189,43 @@ class NF2Config(CodebookConfig):
     name: ClassVar[str] = "nf2"
     bits: ClassVar[int] = 2
     needs_start: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int8Config:
+    """8-bit integers with a maximum for each row, as LLM.int8() stores weights (arXiv 2208.07339).
+
+    ``8 + 32 / I`` bits per weight of a layer with ``I`` inputs; on Gaussian weights a relative error below 0.01.
+    Activations are not rounded: see :mod:`lightning_lora.quantization.int8`.
+
+    Args:
+        compute_dtype: What the weight is dequantized to for each product. None follows the input, or autocast where it
+            is on: the Trainer's precision.
+
+    Raises:
+        ValueError: If it is none of the choices.
+    """
+
+    name: ClassVar[str] = "int8"
+    needs_start: ClassVar[bool] = False
+
+    compute_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        check_compute_dtype(self.compute_dtype)
+
+    @property
+    def storage(self) -> str:
+        """``int8/row``."""
+        return f"{self.name}/row"
+
+    @classmethod
+    def from_storage(cls, words: str) -> Self:
+        """The config that :attr:`storage` describes.
+
+        Raises:
+            ValueError: If it describes none.
+        """
+        if words != cls().storage:
+            raise ValueError(f"{words!r} is no INT8 storage; it reads {cls().storage!r}")
+        return cls()

@@ -6,16 +6,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.quantization.config import FP4Config, NF2Config, NF3Config, NF4Config, QuantizationConfig
+from lightning_lora.quantization.config import (
+    FP4Config,
+    Int8Config,
+    NF2Config,
+    NF3Config,
+    NF4Config,
+    QuantizationConfig,
+)
 from lightning_lora.quantization.fp4 import FP4Linear
 from lightning_lora.quantization.frozen_linear import FrozenLinear
+from lightning_lora.quantization.int8 import Int8Linear
 from lightning_lora.quantization.nf4 import NF4Linear
 from lightning_lora.quantization.normal_float import NormalFloatLinear
 
 FrozenLayer = FrozenLinear[Any]
 """A layer in any of them."""
 
-AnyConfig = NF4Config | FP4Config | NF3Config | NF2Config
+AnyConfig = NF4Config | FP4Config | NF3Config | NF2Config | Int8Config
 """Every config, for annotations that a parser reads."""
 
 _LAYERS: dict[type[QuantizationConfig], type[FrozenLayer]] = {
@@ -23,6 +31,7 @@ _LAYERS: dict[type[QuantizationConfig], type[FrozenLayer]] = {
     FP4Config: FP4Linear,
     NF3Config: NormalFloatLinear,
     NF2Config: NormalFloatLinear,
+    Int8Config: Int8Linear,
 }
 CONFIGS: dict[str, type[QuantizationConfig]] = {config.name: config for config in _LAYERS}
 

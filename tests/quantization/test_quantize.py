@@ -130,7 +130,7 @@ def test_linear4bit_layers_are_taken_over_with_their_codes(net, tokens, compress
         ),
         (
             lambda net: net.set_submodule("downs.0", bitsandbytes.nn.Linear8bitLt(128, 64, has_fp16_weights=False)),
-            "8-bit base",
+            "Linear8bitLt is not quantized",
         ),
     ],
     ids=["unquantized", "8-bit"],

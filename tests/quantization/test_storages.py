@@ -4,22 +4,36 @@ import copy
 import io
 import warnings
 
+import bitsandbytes
 import pytest
 import torch
 from bitsandbytes import functional as bnb
 from torch import nn
 
-from lightning_lora import FP4Config, LoRAConfig, NF2Config, NF3Config, NF4Config, inject, merge, quantize, summary
+from lightning_lora import (
+    FP4Config,
+    Int8Config,
+    LoRAConfig,
+    NF2Config,
+    NF3Config,
+    NF4Config,
+    QuantizationError,
+    inject,
+    merge,
+    quantize,
+    summary,
+)
 from lightning_lora.kernels.packed import DTYPES
 from lightning_lora.quantization.config import CodebookConfig, QuantizationConfig
 from lightning_lora.quantization.formats import CONFIGS, from_storage, quantized_linear
 from lightning_lora.quantization.fp4 import FP4Linear
+from lightning_lora.quantization.int8 import Int8Linear
 from tests.conftest import randomize, relative_difference
 
 EVERY = pytest.mark.parametrize("config", [config() for config in CONFIGS.values()], ids=list(CONFIGS))
-BY_ERROR = [NF4Config(), FP4Config(), NF3Config(), NF2Config()]
+BY_ERROR = [Int8Config(), NF4Config(), FP4Config(), NF3Config(), NF2Config()]
 # Relative errors on Gaussian weights in blocks of 64: of 2^20 draws the third digit is stable.
-GAUSSIAN = {"nf4": 0.0920, "fp4": 0.1220, "nf3": 0.1974, "nf2": 0.5640}
+GAUSSIAN = {"int8": 0.0074, "nf4": 0.0920, "fp4": 0.1220, "nf3": 0.1974, "nf2": 0.5640}
 
 
 def linear(out: int = 96, inner: int = 128, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
@@ -176,3 +190,42 @@ def test_loftq_takes_a_good_part_of_the_error_of_few_bits_away(config):
     dense.weight.copy_(weight)
     model = quantize(inject(nn.Sequential(dense), "*", LoRAConfig(r=16, init="loftq")), config)
     assert torch.linalg.norm(model[0].merged_weight() - weight) <= 0.85 * error(weight, config) * weight.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_codes_maxima_and_weights_equal_bitsandbytes_bit_for_bit(dtype):
+    dense = linear(33, 70, dtype=dtype)
+    dense.weight[3] = 0
+    codes, maxima, _ = bnb.int8_vectorwise_quant(dense.weight.half())
+    ours = Int8Linear.from_linear(dense, Int8Config())
+    assert torch.equal(ours.codes, codes)
+    assert torch.equal(ours.absmax.view(torch.float32), maxima)
+    assert torch.equal(ours.dequantize(torch.float32), bnb.int8_vectorwise_dequant(codes, maxima))
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in ours.buffers())
+    assert 8 * stored == (8 + 32 / 70) * 33 * 70
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("used", [False, True])
+def test_a_linear8bitlt_layer_is_taken_over_and_computes_what_it_did(threshold, used):
+    layer = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False, threshold=threshold)
+    layer.load_state_dict(nn.Linear(64, 32).state_dict())
+    layer, x = layer.to("cpu"), torch.randn(5, 64)
+    x[:, 7] *= 20  # an outlier feature
+    codes, expected = layer.weight.data.clone(), copy.deepcopy(layer)(x)
+    if used:
+        layer(x)
+    model = inject(nn.Sequential(layer), "*")
+    assert isinstance(model[0].base_layer, Int8Linear)
+    assert torch.equal(model[0].base_layer.codes, codes)
+    assert relative_difference(model(x), expected) <= 1e-5  # on the CPU bitsandbytes rounds no activations either
+    computed = randomize(model)(x)
+    assert relative_difference(merge(model)(x), computed) <= 1e-5
+
+
+def test_weights_beyond_half_precision_are_not_held_in_int8():
+    model = inject(nn.Sequential(nn.Linear(64, 32)), "*")
+    with torch.no_grad():
+        model[0].base_layer.weight[0, 0] = 7e4
+    with pytest.raises(QuantizationError, match=r"held in INT8 \(0: its weight has values beyond 65504"):
+        quantize(model, Int8Config())
