@@ -229,3 +229,15 @@ def test_weights_beyond_half_precision_are_not_held_in_int8():
         model[0].base_layer.weight[0, 0] = 7e4
     with pytest.raises(QuantizationError, match=r"held in INT8 \(0: its weight has values beyond 65504"):
         quantize(model, Int8Config())
+
+
+def test_more_bits_lose_less_of_a_trained_models_weights():
+    """MiniLM, where its weights lie on this machine already."""
+    transformers = pytest.importorskip("transformers")
+    try:
+        model = transformers.AutoModel.from_pretrained("sentence-transformers/all-MiniLM-L6-v2", local_files_only=True)
+    except OSError:
+        pytest.skip("MiniLM is not in the cache")
+    for layer in [module for module in model.modules() if isinstance(module, nn.Linear)][:12]:
+        errors = [error(layer.weight.detach(), config) for config in BY_ERROR]
+        assert errors == sorted(errors)
