@@ -37,7 +37,7 @@ from lightning_lora.nn.lora_fa import LoRAFAConfig
 from lightning_lora.nn.vera import VeRAConfig
 from lightning_lora.optim.lora_plus import param_groups
 from lightning_lora.quantization import adopt as _adopt  # noqa: F401 (registers bitsandbytes' layers as bases)
-from lightning_lora.quantization.config import NF4Config
+from lightning_lora.quantization.config import FP4Config, Int8Config, NF2Config, NF3Config, NF4Config
 from lightning_lora.quantization.quantize import quantize
 from lightning_lora.strategies.lora import LoRADDPStrategy, LoRAStrategy
 from lightning_lora.version import __version__
@@ -50,7 +50,9 @@ __all__ = [
     "AdapterMonitor",
     "CheckpointError",
     "DoRAConfig",
+    "FP4Config",
     "GradientError",
+    "Int8Config",
     "LoRACLI",
     "LoRACallback",
     "LoRAConfig",
@@ -59,6 +61,8 @@ __all__ = [
     "LoRAFAConfig",
     "LoRAStrategy",
     "MergeError",
+    "NF2Config",
+    "NF3Config",
     "NF4Config",
     "OptimizerError",
     "QuantizationError",

@@ -34,6 +34,7 @@ from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
 from lightning_lora.nn.kinds import has_kind
 from lightning_lora.nn.low_rank import LowRankConfig
 from lightning_lora.nn.split import Split
+from lightning_lora.quantization.config import QuantizationConfig
 from lightning_lora.quantization.quantize import check_quantizable, quantize, refuse_unfitted
 
 Start = Callable[[LightningModule, Plan], tuple[Plan, Mapping[str, Tensor]]]
@@ -139,7 +140,7 @@ def _inject(module: LightningModule, settings: Settings, device: torch.device, s
         _tell("left as they are", plan.left)
     owners = _owners(module, packed)
     if settings.quantization is not None:
-        _tell("not quantized", check_quantizable(adapted_layers(module), where))
+        _tell("not quantized", check_quantizable(adapted_layers(module), settings.quantization, where))
         quantize(module, settings.quantization, device=where)
         require_equal_bases(_taken_off(module))
     return owners
@@ -214,7 +215,7 @@ def _check_base(module: LightningModule, plan: Plan, settings: Settings, device:
                 f"the base weight of {name} holds NaN or infinity. Mend the base model, or exclude={name!r}"
             )
     if settings.quantization is not None:
-        refuse_unfitted(plan.layers, check_quantizable(layers, device))
+        refuse_unfitted(plan.layers, check_quantizable(layers, settings.quantization, device))
         require_equal_bases(weights)
 
 
@@ -242,8 +243,8 @@ def _require_same(module: LightningModule, settings: Settings, finetune: FineTun
     found = finetune.description | {"train": finetune.trained, "dropout": _dropouts(finetune.configs)}
     if settings.quantization is None:
         wanted["quantization"] = "none"
-    elif finetune.dense - check_quantizable(finetune.layers, device).keys():
-        wanted["quantization"] = "nf4"
+    elif _differs_in_storage(finetune, settings.quantization, device):
+        wanted["quantization"] = settings.quantization.name
     apart = differences(wanted, found)
     if apart:
         raise AdapterError(
@@ -251,6 +252,17 @@ def _require_same(module: LightningModule, settings: Settings, finetune: FineTun
             "the callback, 'here' the module). Set the callback to the same values to go on with them. To start "
             "anew on the trained weights, merge(module) if it is not merged yet, and fit copy.deepcopy(module)"
         )
+
+
+def _differs_in_storage(finetune: FineTune, config: QuantizationConfig, device: torch.device) -> bool:
+    """Whether a layer could be quantized and is not, or was quantized by us to another format."""
+    formats = {
+        layer.base_layer.storage.partition("/")[0]
+        for layer in finetune.layers.values()
+        if isinstance(layer.base_layer, QuantizedLinear) and layer.base_layer.origin is not None
+    }
+    waiting = finetune.dense - check_quantizable(finetune.layers, config, device).keys()
+    return bool(waiting or formats - {config.name})
 
 
 def _report(module: LightningModule) -> None:

@@ -21,7 +21,8 @@ from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.split import named_layers
 from lightning_lora.model.targets import Plan
-from lightning_lora.quantization.config import NF4Config
+from lightning_lora.quantization.config import QuantizationConfig
+from lightning_lora.quantization.formats import from_storage
 from lightning_lora.quantization.quantize import quantize
 
 Module = TypeVar("Module", bound=LightningModule)
@@ -67,7 +68,9 @@ def _prepared(module: LightningModule, checkpoint: Mapping[str, Any]) -> FineTun
         storage = _storage(description)
         if storage is not None:
             _resume(module, checkpoint["state_dict"])  # what the base was quantized without has to be known before
-            quantize(module, storage)
+            with warnings.catch_warnings():  # the adapters are trained: where they started no longer matters
+                warnings.filterwarnings("ignore", message="quantization=", category=UserWarning)
+                quantize(module, storage)
     return FineTune.of_adapters(module)
 
 
@@ -119,7 +122,7 @@ def _of(description: Description, field: str, layer: str) -> Any:
     return value[layer] if isinstance(value, dict) else value
 
 
-def _storage(description: Description) -> NF4Config | None:
+def _storage(description: Description) -> QuantizationConfig | None:
     """How the base was stored; layers that could not be quantized then cannot be now."""
     found = {_of(description, "quantization", name) for name in description["targets"]} - {"none"}
-    return NF4Config.from_storage(found.pop()) if found else None
+    return from_storage(found.pop()) if found else None

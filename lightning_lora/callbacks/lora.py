@@ -55,7 +55,7 @@ from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.optim.lora_plus import check_rate
 from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import check_references, rewrite_optimizers
-from lightning_lora.quantization.config import NF4Config
+from lightning_lora.quantization.formats import AnyConfig
 
 _OF_A_RUN = ("_undo", "_remerge", "_checked", "_accumulating", "_resumption")
 
@@ -90,7 +90,8 @@ class LoRACallback(Callback):
         exclude: Names or globs of layers to leave as they are.
         train: Names or globs of modules to train whole and save along, such as a new head.
         train_bias: Biases to train and save along: ``"none"``, ``"adapted"`` (of layers with adapters) or ``"all"``.
-        quantization: ``"nf4"``, an ``NF4Config``, or None for a base in its own precision (plain LoRA). ``"auto"`` is
+        quantization: ``"nf4"``, ``"fp4"``, ``"nf3"``, ``"nf2"`` (with ``init="loftq"``), ``"int8"``, their
+            configs (``NF4Config(block_size=128)``), or None for a base in its own precision (plain LoRA). ``"auto"`` is
             ``"nf4"`` under adapters and None for the methods without.
         optimizer: ``"paged_adamw_8bit"``, or None to keep the class ``configure_optimizers`` returns.
         lr_ratio: The learning rate of every factor ``B`` is this multiple of what its optimizer group has (LoRA+, which
@@ -123,7 +124,7 @@ class LoRACallback(Callback):
         exclude: str | Iterable[str] = (),
         train: str | Iterable[str] = (),
         train_bias: str = "none",
-        quantization: str | NF4Config | None = "auto",
+        quantization: str | AnyConfig | None = "auto",
         optimizer: str | None = "paged_adamw_8bit",
         lr_ratio: float = 1.0,
         merge: bool = True,

@@ -15,7 +15,8 @@ from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.nn.lora_fa import LoRAFAConfig
 from lightning_lora.nn.low_rank import LowRankConfig
 from lightning_lora.nn.vera import VeRAConfig
-from lightning_lora.quantization.config import NF4Config
+from lightning_lora.quantization.config import QuantizationConfig
+from lightning_lora.quantization.formats import CONFIGS
 
 Config = LowRankConfig | VeRAConfig
 METHODS: dict[str, type[Config]] = {
@@ -25,7 +26,6 @@ DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(LoRACo
 """The callback's arguments that a method may have, and what they are unless given."""
 BASELINES = ("freeze", "full")
 """Methods without adapters, to compare with: some modules trained and the rest frozen, or everything trained."""
-QUANTIZATIONS: dict[str, NF4Config] = {"nf4": NF4Config()}
 OPTIMIZERS = ("paged_adamw_8bit",)
 EVA_BATCHES = 32
 
@@ -56,7 +56,7 @@ class Settings:
     exclude: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
     train_bias: str = "none"
-    quantization: NF4Config | None = None
+    quantization: QuantizationConfig | None = None
     adapter: str | PathLike[str] | None = None
     eva_batches: int = EVA_BATCHES
 
@@ -128,14 +128,14 @@ def as_tuple(patterns: str | Iterable[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def as_quantization(value: str | NF4Config | None, method: str) -> NF4Config | None:
+def as_quantization(value: str | QuantizationConfig | None, method: str) -> QuantizationConfig | None:
     """A storage by name, or as its config; ``"auto"`` is NF4 under adapters."""
     if value == "auto":
         value = None if method in BASELINES else "nf4"
-    if value is None or isinstance(value, NF4Config):
+    if value is None or (not isinstance(value, str) and type(value) in CONFIGS.values()):
         return value
-    check_choice("quantization", value, ("auto", *QUANTIZATIONS))
-    return QUANTIZATIONS[value]
+    check_choice("quantization", value, ("auto", *CONFIGS))
+    return CONFIGS[str(value)]()
 
 
 def as_config(method: str, **values: Any) -> Config:

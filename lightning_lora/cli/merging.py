@@ -9,8 +9,7 @@ from torch import nn
 
 from lightning_lora.cli import console
 from lightning_lora.io.merge_files import MergeReport, merge_files
-from lightning_lora.quantization.config import NF4Config
-from lightning_lora.quantization.nf4 import NF4Linear
+from lightning_lora.quantization.formats import from_storage, quantized_linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,8 +33,8 @@ def merge(options: argparse.Namespace) -> int:
 
 
 def quantized(layer: nn.Module, words: str) -> nn.Module:
-    """The layer as it was in training; what NF4 cannot hold was not quantized then either."""
-    return NF4Linear.from_linear(layer, NF4Config.from_storage(words)) if isinstance(layer, nn.Linear) else layer
+    """The layer as it was in training; what its storage cannot hold was not quantized then either."""
+    return quantized_linear(layer, from_storage(words)) if isinstance(layer, nn.Linear) else layer
 
 
 def told(report: MergeReport) -> list[str]:

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from lightning_lora.kernels import nf4_bitsandbytes
+from lightning_lora.kernels import four_bits
 from lightning_lora.kernels.packed import Packed
 
 
@@ -54,7 +54,7 @@ def agrees(kernels: ModuleType, device: torch.device, dtype: torch.dtype, *, nes
     packed, count = _sample(device, nested=nested)
     out = torch.empty(1, count, dtype=dtype, device=device)
     kernels.dequantize(packed, out)
-    expected = nf4_bitsandbytes.dequantize(packed, out.shape, dtype)
+    expected = four_bits.dequantize(packed, out.shape, dtype, "nf4")
     return torch.equal(out, expected)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora import dependencies
-from lightning_lora.kernels.nf4_bitsandbytes import nested_map
+from lightning_lora.kernels.maxima import nested_map
 from lightning_lora.kernels.packed import Packed
 
 MOST_TOKENS: dict[tuple[int, int], int] = {}
@@ -29,7 +29,7 @@ def are_few(x: Tensor) -> bool:
     return 0 < x.numel() // x.shape[-1] <= MOST_TOKENS.get(torch.cuda.get_device_capability(x.device), 0)
 
 
-def gemm_4bit(x: Tensor, packed: Packed, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+def gemm_4bit(x: Tensor, packed: Packed, shape: tuple[int, int], bias: Tensor | None, codebook: str) -> Tensor:
     """Return ``x W^T + b`` from the codes themselves.
 
     Args:
@@ -37,11 +37,12 @@ def gemm_4bit(x: Tensor, packed: Packed, shape: tuple[int, int], bias: Tensor | 
         packed: The weight.
         shape: ``(O, I)``.
         bias: Of shape ``(O,)`` in ``x``'s dtype, or None.
+        codebook: bitsandbytes' word for it: ``nf4`` or ``fp4``.
     """
-    dependencies.bitsandbytes("NF4")
+    dependencies.bitsandbytes(codebook.upper())
     floats = packed.as_floats()
     maxima = (floats.nested_absmax, floats.absmax, nested_map(x.device), floats.offset)
     absmax, *nested = maxima if packed.nested else (floats.absmax, None, None, None)
     operator = torch.ops.bitsandbytes.gemm_4bit.default
-    y: Tensor = operator(x, packed.codes, shape, absmax, packed.block_size, "nf4", bias, *nested)
+    y: Tensor = operator(x, packed.codes, shape, absmax, packed.block_size, codebook, bias, *nested)
     return y

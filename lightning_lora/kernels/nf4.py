@@ -1,7 +1,7 @@
 """``torch.ops.lightning_lora.dequantize_nf4``: packed NF4 weights to a dense matrix, as one operator torch can trace.
 
 On a CUDA device one Triton kernel computes it (:mod:`lightning_lora.kernels.nf4_triton`); on a CPU, and where that
-kernel cannot run, bitsandbytes does (:mod:`lightning_lora.kernels.nf4_bitsandbytes`), with the same bits. Codes and
+kernel cannot run, bitsandbytes does (:mod:`lightning_lora.kernels.four_bits`), with the same bits. Codes and
 constants are integers, so there is nothing to differentiate, and the operator has no backward.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.kernels import nf4_bitsandbytes
+from lightning_lora.kernels import four_bits
 from lightning_lora.kernels.choice import triton_kernels
 from lightning_lora.kernels.packed import Packed
 
@@ -100,7 +100,7 @@ def _dequantize(
     packed.check(shape, dtype)
     kernels = triton_kernels(packed, dtype)
     if kernels is None:
-        return nf4_bitsandbytes.dequantize(packed, shape, dtype)
+        return four_bits.dequantize(packed, shape, dtype, "nf4")
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     kernels.dequantize(packed, out)
     return out
@@ -115,7 +115,7 @@ def _dequantize_into(
     packed.check(out.shape, out.dtype)
     kernels = triton_kernels(packed, out.dtype)
     if kernels is None or not out.is_contiguous():
-        out.copy_(nf4_bitsandbytes.dequantize(packed, out.shape, out.dtype))
+        out.copy_(four_bits.dequantize(packed, out.shape, out.dtype, "nf4"))
     else:
         kernels.dequantize(packed, out)
 
@@ -160,7 +160,7 @@ def _dequantize_plus(
     _check_factors(shape, lora_A, lora_B)
     kernels = triton_kernels(packed, dtype) if shape[1] % 2 == 0 else None  # its rows are whole bytes
     if kernels is None:
-        weight = nf4_bitsandbytes.dequantize(packed, shape, torch.float32)
+        weight = four_bits.dequantize(packed, shape, torch.float32, "nf4")
         return weight.addmm_(lora_B.float(), lora_A.float(), alpha=scaling).to(dtype)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     kernels.dequantize_plus(packed, out, lora_A.contiguous(), lora_B.contiguous(), scaling)

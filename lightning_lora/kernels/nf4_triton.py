@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lora.kernels.nf4_bitsandbytes import nested_map
+from lightning_lora.kernels.maxima import nested_map
 from lightning_lora.kernels.packed import NESTED_BLOCK, Packed
 
 LEVELS = (

@@ -1,4 +1,4 @@
-"""The value that all NF4 kernels take: codes, constants and block size of one weight."""
+"""The value that all kernels of codebooks take: codes, constants and block size of one weight."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ NESTED_BLOCK = 256
 
 
 class Packed(NamedTuple):
-    """A weight in NF4: ``w = level[code] m``, with one maximum ``m`` for each block of weights.
+    """A weight as codes of levels: ``w = level[code] m``, with one maximum ``m`` for each block of weights.
 
     Double-quantized, ``m = map[absmax] nested_absmax + offset``. The constants are ``float32``, or ``int32`` with the
     bits of ``float32``, which no cast of a module rounds.
 
     Attributes:
-        codes: Two 4-bit codes to a byte, the even element in the high half; ``uint8`` of shape ``(ceil(N / 2),)``.
+        codes: ``uint8``. Of 4 bits, two to a byte with the even element in the high half, of shape ``(ceil(N / 2),)``;
+            fewer bits stand as :mod:`lightning_lora.kernels.bits` puts them.
         absmax: One constant for each block, or one 8-bit code.
         nested_absmax: One constant for every 256 of the 8-bit codes; else empty.
         offset: A single constant beside 8-bit codes; else empty.
@@ -46,11 +47,11 @@ class Packed(NamedTuple):
         constants = [floats.view(torch.float32) if floats.dtype == torch.int32 else floats for floats in self[1:4]]
         return Packed(self.codes, constants[0], constants[1], constants[2], self.block_size)
 
-    def check(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+    def check(self, shape: Sequence[int], dtype: torch.dtype, bits: int = 4) -> None:
         """Raise ``RuntimeError`` unless this is a weight of that shape: a kernel would read past its end."""
         blocks = -(-math.prod(shape) // self.block_size)
         expected = (
-            (math.prod(shape) + 1) // 2,
+            -(-math.prod(shape) * bits // 8),
             blocks,
             -(-blocks // NESTED_BLOCK) if self.nested else 0,
             int(self.nested),
@@ -58,8 +59,8 @@ class Packed(NamedTuple):
         found = tuple(tensor.numel() for tensor in self[:4])
         if found != expected:
             raise RuntimeError(
-                f"an NF4 weight of shape {tuple(shape)} in blocks of {self.block_size} has {expected} codes, maxima, "
-                f"nested maxima and offsets; got {found}"
+                f"a weight of shape {tuple(shape)} in {bits} bits and blocks of {self.block_size} has {expected} "
+                f"bytes of codes, maxima, nested maxima and offsets; got {found}"
             )
         if self.codes.dtype != torch.uint8 or dtype not in DTYPES:
-            raise RuntimeError(f"NF4 codes are uint8 and become one of {DTYPES}; got {self.codes.dtype} and {dtype}")
+            raise RuntimeError(f"packed codes are uint8 and become one of {DTYPES}; got {self.codes.dtype} and {dtype}")

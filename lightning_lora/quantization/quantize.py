@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -17,8 +18,9 @@ from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
 from lightning_lora.nn.experts import StackedWeight
 from lightning_lora.nn.fingerprint import fingerprints
-from lightning_lora.quantization.config import NF4Config
-from lightning_lora.quantization.nf4 import NF4Linear
+from lightning_lora.quantization.config import NF4Config, QuantizationConfig
+from lightning_lora.quantization.expected_error import expected_error
+from lightning_lora.quantization.formats import FrozenLayer, linear_class, quantized_linear
 from lightning_lora.quantization.nf4_stack import NF4Stack
 
 _DEFAULT = NF4Config()
@@ -27,7 +29,7 @@ _DEFAULT = NF4Config()
 @torch.no_grad()
 def quantize(
     model: nn.Module,
-    config: NF4Config = _DEFAULT,
+    config: QuantizationConfig = _DEFAULT,
     *,
     device: torch.device | str | None = None,
     hold: str = "buffers",
@@ -42,6 +44,9 @@ def quantize(
     Under an adapter that starts in the weight (PiSSA, OLoRA, LoftQ) what is quantized is the weight without that start,
     ``Q = quantized(W - s B0 A0)``, where that brings ``deq(Q) + s B A`` nearer to ``W`` than plain quantization; it
     takes a few copies of the layer more while it is computed.
+
+    Formats that lose too much of a weight for adapters that do not start from what is lost (NF2 without
+    ``init="loftq"``) warn, with the error to expect.
 
     Args:
         model: A model with adapters.
@@ -59,10 +64,11 @@ def quantize(
     if hold not in ("buffers", "parameters"):
         raise ValueError(f"hold must be 'buffers' or 'parameters', got {hold!r}")
     layers = require_adapters(model)
-    kept = check_quantizable(layers, device)
+    kept = check_quantizable(layers, config, device)
     dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear | StackedWeight)}
     chosen = {name: layer for name, layer in dense.items() if name not in kept}
     _check_weights(chosen)
+    _warn_of_plain_starts(chosen, config)
     _refuse_waiting({name: layer for name, layer in layers.items() if name not in chosen}, kept)
     origins = fingerprints({name: stored_weight(layer.base_layer) for name, layer in chosen.items()})
     for name, layer in progress(chosen.items(), "quantizing"):
@@ -79,37 +85,47 @@ def quantize(
     return model
 
 
-def check_quantizable(layers: Mapping[str, nn.Module], device: torch.device | str | None = None) -> dict[str, str]:
-    """Return the layers NF4 cannot hold on their device (or on ``device``), with the reason; they would stay dense.
+def check_quantizable(
+    layers: Mapping[str, nn.Module], config: QuantizationConfig = _DEFAULT, device: torch.device | str | None = None
+) -> dict[str, str]:
+    """Return the layers a format cannot hold on their device (or on ``device``), with the reason; they stay dense.
 
     Args:
         layers: Linear layers by name, with adapters or without.
+        config: How they would be stored.
         device: Where they would be quantized.
 
     Raises:
         QuantizationError: If there are layers and none of them can be held.
         UnsupportedError: If bitsandbytes is not installed.
     """
-    dependencies.bitsandbytes("quantization='nf4'")
+    dependencies.bitsandbytes(f"quantization={config.name!r}")
     kept = {}
     for name, layer in layers.items():
         base = layer.base_layer if isinstance(layer, AdaptedLayer) else layer
         if isinstance(base, QuantizedLinear) or adopter_of(base) is not None:
             continue
-        if not isinstance(base, nn.Linear | StackedWeight):
-            kept[name] = f"NF4 holds linear layers, and this is a {type(base).__name__}"
-            continue
-        where = torch.device(device) if device is not None else base.weight.device
-        if where.type not in ("cpu", "cuda"):
-            kept[name] = f"no NF4 kernel for {where.type}"
-        elif where.type == "cpu" and base.weight.shape[-1] % 2:
-            kept[name] = f"in_features={base.weight.shape[-1]} is odd, which the CPU kernel cannot pack"
+        reason = _refusal(base, config, device)
+        if reason is not None:
+            kept[name] = reason
     if layers and len(kept) == len(layers):
         reasons = listing(f"{name}: {reason}" for name, reason in kept.items())
         raise QuantizationError(
-            f"none of the {len(layers)} adapted layers can be held in NF4 ({reasons}). Use quantization=None"
+            f"none of the {len(layers)} adapted layers can be held in {config.name.upper()} ({reasons}). Use "
+            "quantization=None"
         )
     return kept
+
+
+def _refusal(base: nn.Module, config: QuantizationConfig, device: torch.device | str | None) -> str | None:
+    """Why a layer stays dense, or None if it can be quantized."""
+    label = config.name.upper()
+    if isinstance(base, StackedWeight) and not isinstance(config, NF4Config):
+        return f"experts are held in NF4 or not quantized, and this is {label}"
+    if not isinstance(base, nn.Linear | StackedWeight):
+        return f"{label} holds linear layers, and this is a {type(base).__name__}"
+    where = torch.device(device) if device is not None else base.weight.device
+    return linear_class(config).refusal(base.weight.detach(), where)
 
 
 def refuse_unfitted(configs: Mapping[str, AdapterConfig], kept: Mapping[str, str]) -> None:
@@ -141,21 +157,39 @@ def _refuse_waiting(layers: Mapping[str, AdaptedLayer], kept: Mapping[str, str])
     refuse_unfitted(waiting, {name: kept.get(name, "it is quantized already") for name in waiting})
 
 
-def _quantized(layer: AdaptedLayer, base: nn.Module, config: NF4Config) -> NF4Linear:
+def _warn_of_plain_starts(layers: Mapping[str, AdaptedLayer], config: QuantizationConfig) -> None:
+    """Say beforehand what a run over so coarse a base starts with."""
+    plain = [
+        name
+        for name, layer in layers.items()
+        if not any(layer.adapter(active).config.starts_from == "quantization" for active in layer.active)
+    ]
+    if config.needs_start and plain:
+        warnings.warn(
+            f"quantization={config.name!r} loses {expected_error(config):.0%} of Gaussian weights (relative error; NF4 "
+            f"{expected_error(_DEFAULT):.0%}), and the adapters of {listing(plain)} do not start from what is lost: "
+            "training starts at another model. Use init='loftq', or quantization='nf4'",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _quantized(layer: AdaptedLayer, base: nn.Module, config: QuantizationConfig) -> FrozenLayer:
     """Quantize a base, without the start of the first active adapter that takes one off."""
     if isinstance(base, StackedWeight):  # adapters on experts take nothing off
+        assert isinstance(config, NF4Config)
         return NF4Stack.from_stack(base, config)
     assert isinstance(base, nn.Linear)
 
     def rounded(weight: Tensor) -> Tensor:
-        return NF4Linear.from_linear(base, config, weight=weight).dequantize(torch.float32)
+        return quantized_linear(base, config, weight=weight).dequantize(torch.float32)
 
     for name in layer.active:
         rest = layer.adapter(name).take_off(base.weight.detach(), rounded)
         if rest is not None:
             layer.base_lacks = name
-            return NF4Linear.from_linear(base, config, weight=rest)
-    return NF4Linear.from_linear(base, config)
+            return quantized_linear(base, config, weight=rest)
+    return quantized_linear(base, config)
 
 
 def _check_weights(layers: Mapping[str, AdaptedLayer]) -> None:

@@ -189,7 +189,7 @@ def test_strategies_take_the_methods_too(trainer):
         ({"method": "full", "scaling": "rslora", "alpha": 3}, "no use for alpha, scaling"),
         ({"method": "freeze"}, "method='freeze' trains what train= names and nothing else"),
         ({"method": "frozen"}, "method must be one of lora, dora, lora_fa, vera, freeze, full, got 'frozen'"),
-        ({"quantization": "nf3"}, "quantization must be one of auto, nf4"),
+        ({"quantization": "nf5"}, "quantization must be one of auto, nf4"),
     ],
 )
 def test_arguments_of_no_use_are_refused(arguments, said):

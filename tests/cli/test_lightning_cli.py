@@ -245,7 +245,11 @@ MISSPELT = [
         "absent.Model: No module named 'absent'. Modules are looked for",
     ),
     (["--lora.r", "many"], {}, "lora.r: Expected a int. Got value: many"),
-    ([], {"lora": {"quantization": "nf5"}}, "lora: quantization must be one of auto, nf4, got 'nf5'"),
+    (
+        [],
+        {"lora": {"quantization": "nf5"}},
+        "lora: quantization must be one of auto, nf4, fp4, nf3, nf2, int8, got",
+    ),
     ([], {"lora": {"quantization": {"block_size": 65}}}, "lora: block_size must be one of 32, 64, 128,"),
     ([], {"lora": {"r": 0}}, "lora: r must be at least 1, got 0. Typical ranks: 8, 16, 64"),
     ([], {"lora": {"targets": {"*.q_proj": {"rk": 8}}}}, "lora: targets['*.q_proj'] has rk; fields are r, alpha"),

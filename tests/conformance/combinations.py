@@ -21,10 +21,14 @@ from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.attention import PROJECTIONS
 from lightning_lora.nn.decompose import DECOMPOSITIONS
 from lightning_lora.nn.init import INITIALIZERS
+from lightning_lora.quantization.formats import CONFIGS
 from tests.conftest import randomize
 
 STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32}
 """How the base is stored, and what the layer holds before it is."""
+
+SAMPLED = ("fp4", "nf3", "nf2", "int8")
+"""Further storages, of which the battery takes some combinations."""
 
 INITS = (*INITIALIZERS, *DECOMPOSITIONS, "pissa_niter_4", "loftq", "eva")
 
@@ -138,6 +142,20 @@ class Combination:
     def __str__(self) -> str:
         return "-".join(filter(None, (self.method, self.init, self.kind, self.storage))).replace(" ", "_")
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the base is stored in few bits."""
+        return self.storage in CONFIGS
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer holds before it is quantized."""
+        return STORAGES.get(self.storage, torch.float32)
+
+    def stored(self, model: nn.Module) -> nn.Module:
+        """Store the base of an adapted model as it is to be."""
+        return quantize(model, CONFIGS[self.storage]()) if self.quantized else model
+
     def config(self, **settings: Any) -> AdapterConfig:
         """A config of rank 4 whose scale is no round number: a forgotten factor would show."""
         has = {field.name for field in fields(METHODS[self.method])}
@@ -147,7 +165,7 @@ class Combination:
     def base(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A model of one layer, the same each time."""
         torch.manual_seed(1)
-        return nn.Sequential(KINDS[self.kind].build()).to(dtype or STORAGES[self.storage])
+        return nn.Sequential(KINDS[self.kind].build()).to(dtype or self.dtype)
 
     def add(self, model: nn.Module, name: str = "default", **settings: Any) -> nn.Module:
         """Put an adapter in as it starts, also where that takes data."""
@@ -160,7 +178,7 @@ class Combination:
     def fresh(self, dtype: torch.dtype | None = None, **settings: Any) -> nn.Module:
         """The base with an adapter as it starts."""
         model = self.add(self.base(dtype), **settings)
-        return quantize(model) if self.storage == "nf4" else model
+        return self.stored(model)
 
     def trained(self, dtype: torch.dtype | None = None, **settings: Any) -> nn.Module:
         """The base with an adapter that changes it."""
@@ -171,7 +189,7 @@ class Combination:
     def input(self, dtype: torch.dtype | None = None) -> Tensor:
         """What the model is called with."""
         x = KINDS[self.kind].x
-        return x.to(dtype or STORAGES[self.storage]) if x.is_floating_point() else x
+        return x.to(dtype or self.dtype) if x.is_floating_point() else x
 
     def beside(self, init: str) -> Combination:
         """The same with another start."""

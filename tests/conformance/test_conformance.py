@@ -27,7 +27,6 @@ from lightning_lora import (
     disabled,
     load_adapter,
     merge,
-    quantize,
     save_adapter,
     summary,
 )
@@ -37,6 +36,7 @@ from lightning_lora.nn.base import dense_weight
 from lightning_lora.nn.init import INITIALIZERS
 from tests.conformance.combinations import (
     KINDS,
+    SAMPLED,
     Combination,
     every_combination,
     first_of,
@@ -69,12 +69,22 @@ def is_forbidden(c: Combination) -> bool:
 
 
 EVERY = list(every_combination())
-ALLOWED = [c for c in EVERY if not is_forbidden(c)]
+SAMPLES = [
+    *(Combination("lora", "linear", storage, "kaiming") for storage in ("fp4", "nf3", "int8")),
+    Combination("lora", "linear", "nf2", "loftq"),
+    Combination("lora", "linear", "int8", "pissa"),
+    Combination("lora", "attention", "nf3", "kaiming"),
+    Combination("dora", "linear", "int8", "kaiming"),
+    Combination("lora_fa", "linear", "fp4", "kaiming"),
+    Combination("vera", "linear", "nf3"),
+]
+"""Of the storages beside NF4: each alone, and each method over one of them."""
+ALLOWED = [*(c for c in EVERY if not is_forbidden(c)), *SAMPLES]
 REFUSED = [c for c in EVERY if is_forbidden(c)]
 ZERO_UPDATE = {None, "kaiming", "gaussian", "eva"}
 """Starts at which a factor is zero."""
 
-ROUNDING = {"fp32": 1e-5, "bf16": 2**-6, "nf4": 1e-5}
+ROUNDING = {"fp32": 1e-5, "bf16": 2**-6, "nf4": 1e-5, **dict.fromkeys(SAMPLED, 1e-5)}
 """Relative. Sums of at most 64 products of float32; or four roundings to bf16, of 2^-8 each."""
 
 
@@ -110,7 +120,7 @@ def test_training_starts_at_the_base_model(combination):
         assert relative_difference(found, expected) <= ROUNDING[combination.storage]
     else:  # a start that is part of the weight is taken off again, bit for bit
         assert torch.equal(found, expected)
-    if combination.storage != "nf4":
+    if not combination.quantized:
         assert relative_difference(found, combination.base()(x)) <= ROUNDING[combination.storage]
 
 
@@ -129,7 +139,7 @@ def test_a_quantized_start_is_no_farther_from_the_dense_weight_than_plain_quanti
         assert combination.init != "loftq" or found < plain
 
 
-@over(ALLOWED, "fp32", "nf4")
+@over(ALLOWED, "fp32", "nf4", *SAMPLED)
 def test_output_and_gradients_are_those_of_the_dense_formula(combination):
     """In float64, also over NF4, where the formula is of the dequantized weight."""
     model, x = combination.trained(F64), combination.input(F64)
@@ -201,7 +211,7 @@ def test_a_saved_state_loads_bit_for_bit_into_a_model_made_anew(combination):
 FOLDERS = [c for c in (*ONE_START, *OTHER_STARTS) if c.method == "lora" and c.init != "loftq"]
 
 
-@over([c for c in FOLDERS if c.init in ZERO_UPDATE or c.storage != "nf4"])
+@over([c for c in FOLDERS if c.init in ZERO_UPDATE or not c.quantized])
 def test_a_saved_folder_gives_the_same_function_over_the_base(combination, tmp_path):
     """Bit for bit; what started in the weight is written as twice the rank, and over NF4 stood on another base."""
     model, x = combination.trained(), combination.input()
@@ -211,7 +221,7 @@ def test_a_saved_folder_gives_the_same_function_over_the_base(combination, tmp_p
         return
     save_adapter(model, tmp_path)
     loaded = load_adapter(combination.base(), tmp_path)
-    loaded = quantize(loaded) if combination.storage == "nf4" else loaded
+    loaded = combination.stored(loaded)
     if combination.init in ZERO_UPDATE:
         assert torch.equal(loaded(x), model(x))
     else:
@@ -298,7 +308,7 @@ def test_a_second_adapter_comes_and_goes_and_leaves_the_first_as_it_was(combinat
         return
     delete_adapter(model, "default")
     assert relative_difference(model(x), base) <= ROUNDING[combination.storage]  # attention computes in another order
-    if combination.storage != "nf4":
+    if not combination.quantized:
         assert [type(module) for module in model.modules()] == kinds
 
 

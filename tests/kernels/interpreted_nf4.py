@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from lightning_lora.kernels import nf4_bitsandbytes, nf4_triton
+from lightning_lora.kernels import four_bits, nf4_triton
 from lightning_lora.kernels.choice import agrees
 from lightning_lora.kernels.packed import DTYPES, Packed
 from tests.kernels.nf4_weights import in_float64, pack
@@ -49,7 +49,7 @@ def kernel(packed: Packed, shape: tuple[int, ...], dtype: torch.dtype) -> torch.
 def test_every_size_equals_bitsandbytes_bit_for_bit_and_float64_but_for_rounding(shape, nested, dtype):
     packed = pack(torch.randn(shape), 64, nested=nested)
     found = kernel(packed, shape, dtype)
-    assert torch.equal(found, nf4_bitsandbytes.dequantize(packed, shape, dtype))
+    assert torch.equal(found, four_bits.dequantize(packed, shape, dtype, "nf4"))
     exact = in_float64(packed, shape)
     # float16 has no exponent for the smallest weights; half its last step there is 2 ** -25
     assert torch.allclose(found.double(), exact, rtol=ROUNDING[dtype], atol=2.0**-25 if dtype == torch.float16 else 0)
@@ -61,7 +61,7 @@ def test_every_block_size_equals_bitsandbytes_bit_for_bit(block_size, nested):
     """The last block is incomplete; with 32 there are more than 256 maxima, and so two nested ones."""
     packed = pack(torch.randn(96, 90) * torch.rand(96, 1).exp(), block_size, nested=nested)
     assert torch.equal(
-        kernel(packed, (96, 90), torch.bfloat16), nf4_bitsandbytes.dequantize(packed, (96, 90), torch.bfloat16)
+        kernel(packed, (96, 90), torch.bfloat16), four_bits.dequantize(packed, (96, 90), torch.bfloat16, "nf4")
     )
 
 

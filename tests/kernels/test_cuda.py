@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from lightning_lora.kernels import choice, nf4_bitsandbytes
+from lightning_lora.kernels import choice, four_bits
 from lightning_lora.kernels.nf4 import dequantize_nf4, dequantize_nf4_into, dequantize_nf4_plus
 from lightning_lora.kernels.packed import DTYPES, Packed
 from tests.kernels.nf4_weights import pack
@@ -31,7 +31,7 @@ def test_the_triton_kernel_is_used_and_nothing_is_warned_of(dtype, nested):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 5), (33, 71), (96, 128), (513, 1026), (1024, 4096)])
 def test_weights_equal_bitsandbytes_bit_for_bit(shape, block_size, nested, dtype):
     packed = on_gpu(shape, block_size, nested=nested)
-    expected = nf4_bitsandbytes.dequantize(packed, shape, dtype)
+    expected = four_bits.dequantize(packed, shape, dtype, "nf4")
     assert torch.equal(dequantize_nf4(packed, shape, dtype), expected)
     assert torch.equal(dequantize_nf4_into(packed, torch.empty(shape, dtype=dtype, device="cuda")), expected)
 
@@ -89,4 +89,4 @@ def test_it_is_captured_in_a_cuda_graph_and_replayed_with_new_codes():
         dequantize_nf4_into(packed, out)
     packed.codes.copy_(packed.codes.flip(0))
     graph.replay()
-    assert torch.equal(out, nf4_bitsandbytes.dequantize(packed, (256, 256), torch.bfloat16))
+    assert torch.equal(out, four_bits.dequantize(packed, (256, 256), torch.bfloat16, "nf4"))

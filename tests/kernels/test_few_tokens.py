@@ -16,7 +16,9 @@ def test_the_product_is_that_of_the_weight(leading, nested, bias):
     packed = pack(torch.randn(33, 70), 64, nested=nested)
     x, b = torch.randn(*leading, 70), torch.randn(33) if bias else None
     expected = x.double() @ in_float64(packed, (33, 70)).T + (0 if b is None else b.double())
-    assert relative_difference(gemm_4bit(x, packed, (33, 70), b).double(), expected) <= 1e-6  # float32 sums of 70
+    assert (
+        relative_difference(gemm_4bit(x, packed, (33, 70), b, "nf4").double(), expected) <= 1e-6
+    )  # float32 sums of 70
 
 
 def test_no_device_takes_it_that_was_not_measured():

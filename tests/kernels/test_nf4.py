@@ -62,11 +62,14 @@ def test_constants_are_read_from_their_bits_as_well():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"codes": torch.zeros(511, dtype=torch.uint8)}, r"has \(512, 16, 1, 1\) codes, maxima.*got \(511, 16, 1, 1\)"),
+        (
+            {"codes": torch.zeros(511, dtype=torch.uint8)},
+            r"has \(512, 16, 1, 1\) bytes of codes.*got \(511, 16, 1, 1\)",
+        ),
         ({"absmax": torch.zeros(15, dtype=torch.uint8)}, r"got \(512, 15, 1, 1\)"),
         ({"nested_absmax": torch.zeros(0)}, r"got \(512, 16, 0, 1\)"),
         ({"offset": torch.zeros(0)}, r"got \(512, 16, 1, 0\)"),
-        ({"codes": torch.zeros(512)}, "codes are uint8"),
+        ({"codes": torch.zeros(512)}, "packed codes are uint8"),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])
