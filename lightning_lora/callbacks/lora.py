@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,6 +23,7 @@ from lightning_lora.callbacks.adapting import Start, adapt, network, unstarted, 
 from lightning_lora.callbacks.averaging import adapt_early, averagers, check_averagers, check_norms, set_averages_aside
 from lightning_lora.callbacks.checkpoints import check_optimizers, complete_checkpoint, reduce_checkpoint
 from lightning_lora.callbacks.compat import check_sharding, check_trainer
+from lightning_lora.callbacks.copying import CopiedAsSet
 from lightning_lora.callbacks.finetune import FINETUNES, FineTune
 from lightning_lora.callbacks.from_data import check_trainer_for_data, from_checkpoint, from_loader
 from lightning_lora.callbacks.gradients import check_gradients, check_loss
@@ -57,10 +58,8 @@ from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import check_references, rewrite_optimizers
 from lightning_lora.quantization.formats import AnyConfig
 
-_OF_A_RUN = ("_undo", "_remerge", "_checked", "_accumulating", "_resumption")
 
-
-class LoRACallback(Callback):
+class LoRACallback(CopiedAsSet):
     """Fine-tunes a LightningModule with LoRA, over a base in 4 bits unless told otherwise.
 
     When the model stands (after ``__init__``, ``setup`` and ``configure_model``), adapters are put into its linear
@@ -110,6 +109,8 @@ class LoRACallback(Callback):
     Raises:
         ValueError: If a value is none of the choices, or of no use for the method.
     """
+
+    of_a_run: ClassVar[tuple[str, ...]] = ("_undo", "_remerge", "_checked", "_accumulating", "_resumption")
 
     def __init__(
         self,
@@ -163,15 +164,6 @@ class LoRACallback(Callback):
             else tuple(activation_checkpointing)
         )
         self.on_save_error = on_save_error
-        self._begin()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy takes along how this callback is set, not the run (and with it the Trainer and model) it is in."""
-        return {name: value for name, value in vars(self).items() if name not in (*_OF_A_RUN, "log", "log_dict")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Be as new, and set in the same way."""
-        vars(self).update(state)
         self._begin()
 
     def _begin(self) -> None:
