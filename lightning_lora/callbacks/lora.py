@@ -45,8 +45,8 @@ from lightning_lora.callbacks.settings import (
 )
 from lightning_lora.callbacks.sharded import full_state, load_sharded
 from lightning_lora.callbacks.wraps import Undo, substitute, wrap
-from lightning_lora.errors import OptimizerError, listing
-from lightning_lora.io.adapter_folder import save_adapter
+from lightning_lora.errors import AdapterError, OptimizerError, listing
+from lightning_lora.io.adapter_folder import check_savable, save_adapter
 from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.export import write_model
 from lightning_lora.io.keys import canonical
@@ -348,10 +348,23 @@ class LoRACallback(CopiedAsSet):
         finetune = adapt(module, self.settings, device=device, training=training, start=start)
         if training:
             finetune.thaw(module)
+            self._check_output(module, finetune)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             require_sharded(module)
         if isinstance(trainer.strategy, DDPStrategy):
             self._undo.append(spare_quantized_buffers(module))
+
+    def _check_output(self, module: LightningModule, finetune: FineTune) -> None:
+        """See that the end of training can write what ``output_dir`` asks for, rather than fail there."""
+        if self.output_dir is None or not finetune.layers:
+            return
+        try:
+            check_savable(network(module))
+        except AdapterError as error:
+            raise AdapterError(
+                f"output_dir={str(self.output_dir)!r} could not get the adapter at the end of training: {error}. To "
+                "train it all the same, drop output_dir"
+            ) from None
 
     def _rewrite_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
         strategy = trainer.strategy

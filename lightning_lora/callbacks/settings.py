@@ -10,6 +10,7 @@ from typing import Any
 from lightning_lora.errors import listing
 from lightning_lora.model.biases import TRAIN_BIAS
 from lightning_lora.model.targets import ALL_LINEAR
+from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.nn.lora_fa import LoRAFAConfig
@@ -18,8 +19,7 @@ from lightning_lora.nn.vera import VeRAConfig
 from lightning_lora.quantization.config import QuantizationConfig
 from lightning_lora.quantization.formats import CONFIGS
 
-Config = LowRankConfig | VeRAConfig
-METHODS: dict[str, type[Config]] = {
+METHODS: dict[str, type[AdapterConfig]] = {
     config.method: config for config in (LoRAConfig, DoRAConfig, LoRAFAConfig, VeRAConfig)
 }
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(LoRAConfig)}
@@ -52,7 +52,7 @@ class Settings:
 
     method: str = "lora"
     targets: Any
-    config: Config
+    config: AdapterConfig
     exclude: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
     train_bias: str = "none"
@@ -138,7 +138,7 @@ def as_quantization(value: str | QuantizationConfig | None, method: str) -> Quan
     return CONFIGS[str(value)]()
 
 
-def as_config(method: str, **values: Any) -> Config:
+def as_config(method: str, **values: Any) -> AdapterConfig:
     """Return the config of a method, from the callback's arguments; without adapters, that of LoRA.
 
     Raises:
@@ -153,7 +153,7 @@ def as_config(method: str, **values: Any) -> Config:
     return kind(**{name: value for name, value in values.items() if name in has})
 
 
-def with_configs(targets: Any, config: Config) -> Any:
+def with_configs(targets: Any, config: AdapterConfig) -> Any:
     """Turn the dicts of a target mapping (as YAML gives them) into configs; other fields are the callback's."""
     if not isinstance(targets, Mapping):
         return targets if isinstance(targets, str) else tuple(targets)

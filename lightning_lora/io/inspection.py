@@ -201,7 +201,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "layers": layers,
         "readers": {
             "lightning_lora": "yes: ckpt_path=, load_from_checkpoint",
-            "others": "no: lightning-lora convert makes an adapter folder of it",
+            "others": "no: lightning-lora convert makes an adapter folder of it, or says what does",
         },
     }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -135,6 +136,7 @@ def _in_full_precision(before: Tensor, after: Tensor) -> Tensor:
     return before.to(after.device) if shrunk else after
 
 
+@dataclass(frozen=True, kw_only=True)
 class AdapterConfig(ABC):
     """A method with its hyperparameters: a frozen value, valid as soon as it exists."""
 
@@ -143,8 +145,10 @@ class AdapterConfig(ABC):
     decisive: ClassVar[tuple[str, ...]] = ()
     """Names of the fields that decide what saved tensors mean: with other values they are another function."""
 
-    dropout: float = 0.0
-    """Probability of zeroing an element of the input while training; a field where the method has it."""
+    @property
+    def dropout(self) -> float:
+        """Probability of zeroing an element of the input while training; a field where the method has it."""
+        return 0.0
 
     @property
     def starts_from(self) -> str:

@@ -10,8 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_lora.errors import OptimizerError, listing
-from lightning_lora.model.parameters import up_parameters
-from lightning_lora.optim.lora_plus import speed_up
+from lightning_lora.optim.lora_plus import factors_up, speed_up
 from lightning_lora.optim.paged_adamw import FIX, optimizer_name, paged_adamw_8bit, replaceable
 
 Scheduler = LRScheduler | ReduceLROnPlateau
@@ -54,8 +53,9 @@ def rewrite_optimizers(
         _drop_frozen(optimizer)
     schedulers = list(schedulers)
     if lr_ratio != 1:
+        up = factors_up(model, lr_ratio)
         for optimizer in optimizers:
-            speed_up(optimizer, _driving(optimizer, schedulers), up_parameters(model), lr_ratio)
+            speed_up(optimizer, _driving(optimizer, schedulers), up, lr_ratio)
     if not paged_8bit:
         return list(optimizers)
     swapped: dict[Optimizer, Optimizer] = {

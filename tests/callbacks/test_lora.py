@@ -16,6 +16,7 @@ from torch import nn
 from lightning_lora import (
     AdapterError,
     CheckpointError,
+    DoRAConfig,
     GradientError,
     LoRACallback,
     LoRAConfig,
@@ -326,6 +327,15 @@ def test_output_dir_gets_the_adapter_and_the_merged_weights(module, trainer, tmp
     untouched.load_state_dict(load_file(tmp_path / "out" / "merged" / "model.safetensors"), strict=True)
     with torch.no_grad():
         assert torch.equal(untouched.eval()(TOKENS), expected)
+
+
+def test_an_output_dir_that_could_not_be_written_is_refused_before_the_first_step(module, trainer, tmp_path):
+    """PEFT's format has one method for all layers."""
+    targets = {"q_proj": LoRAConfig(r=4), "up_proj": DoRAConfig(r=4)}
+    with pytest.raises(AdapterError, match=r"output_dir='.*' could not get the adapter .* one method for all layers"):
+        trainer(LoRACallback(targets, output_dir=str(tmp_path / "out"))).fit(module, loader())
+    assert not module.losses
+    trainer(LoRACallback(targets)).fit(module, loader())
 
 
 def test_a_run_starts_from_a_saved_adapter(module, trainer, tmp_path):

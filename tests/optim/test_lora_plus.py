@@ -123,9 +123,11 @@ def test_groups_hold_every_trained_parameter_once(net):
     torch.optim.AdamW(list(groups.values()))
 
 
-def test_a_method_without_b_has_no_such_group(net):
+def test_a_method_without_b_has_no_such_group_and_no_ratio(net):
     inject(net, config=VeRAConfig(r=8))
-    assert [group["name"] for group in param_groups(net, lr=0.1, lr_ratio=RATIO)] == ["vectors"]
+    assert [group["name"] for group in param_groups(net, lr=0.1)] == ["vectors"]
+    with pytest.raises(OptimizerError, match=r"lr_ratio=16 is for factors B .* adapters of vera have none"):
+        param_groups(net, lr=0.1, lr_ratio=RATIO)
 
 
 @pytest.mark.parametrize("settings", [{"lr": 0.0}, {"lr": math.inf}, {"lr": 0.1, "lr_ratio": -1}])
