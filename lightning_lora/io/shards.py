@@ -1,7 +1,7 @@
 """Writing a model as safetensors files, one part in memory at a time, complete or absent.
 
 ``safetensors.save_file`` wants all tensors at once. Here the header is written from shapes alone, and each part is
-made, written to its place and dropped.
+made, written to its place while the next one is made, and dropped.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from lightning_lora.errors import MergeError, listing
 from lightning_lora.io.atomic import replacing_all
+from lightning_lora.io.behind import WriteBehind
 from lightning_lora.io.dtypes import NAMES
 from lightning_lora.model.merge import is_finite
 
@@ -36,6 +39,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {f"{letter}IB": 2 ** (10 * power) for power, letter in enumerate("KMGT", start=1)}
 _VERIFIED = 4
 _PIECE = 2**23
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ def write_shards(
         for write, file in zip(beside.values(), temporaries, strict=False):
             write(file)
         files = temporaries[len(beside) :][: len(names)]
-        places = [_write(file, shard, metadata) for file, shard in zip(files, shards, strict=True)]
+        with WriteBehind() as behind, _naming(folder):
+            places = [_write(file, shard, metadata, behind) for file, shard in zip(files, shards, strict=True)]
         _verify(files, shards, places)
         if index:
             _write_index(temporaries[-1], names, shards)
@@ -124,7 +129,18 @@ def _split(parts: Sequence[Part], limit: int) -> list[list[Part]]:
     return shards
 
 
-def _write(file: Path, parts: Iterable[Part], metadata: Mapping[str, str]) -> dict[str, int]:
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Let an error of the disk, which knows a number alone, name the folder and say what to do."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "Free some, or choose another folder" if error.errno in _FULL else "Check the disk, or choose another"
+        said = f"{error.strerror}; the model was not written, and what was there before still is. {remedy}"
+        raise OSError(error.errno, said, str(folder)) from error
+
+
+def _write(file: Path, parts: Iterable[Part], metadata: Mapping[str, str], behind: WriteBehind) -> dict[str, int]:
     """Write one file; returns where in it each tensor begins."""
     outline = {name: tensor for part in parts for name, tensor in part.outline.items()}
     # Large elements first: each tensor then starts at a multiple of its element's size, as readers of the map need.
@@ -143,16 +159,22 @@ def _write(file: Path, parts: Iterable[Part], metadata: Mapping[str, str]) -> di
     data += b" " * (-len(data) % 8)
     places = {name: 8 + len(data) + begin for name, begin in begins.items()}
     with file.open("r+b", buffering=0) as opened:
-        _put(opened, 0, memoryview(len(data).to_bytes(8, "little") + data))
+        behind.put(partial(_put, opened, 0, memoryview(len(data).to_bytes(8, "little") + data)))
         for part in parts:
-            _write_part(opened, part, places)
+            _write_part(opened, part, places, behind)
+        behind.wait()
     return places
 
 
-def _write_part(file: Any, part: Part, places: Mapping[str, int]) -> None:
-    """Make a part and write it. In a function of its own, so that it is dropped before the next is made."""
-    for name, tensor in _made(part).items():
-        _put(file, places[name], _memory(tensor))
+def _write_part(file: Any, part: Part, places: Mapping[str, int], behind: WriteBehind) -> None:
+    """Make a part and have it written. In a function of its own, so that the thread alone holds it from then on."""
+    made = [(places[name], _memory(tensor)) for name, tensor in _made(part).items()]
+    behind.put(partial(_put_all, file, made))
+
+
+def _put_all(file: Any, made: Sequence[tuple[int, memoryview]]) -> None:
+    for offset, data in made:
+        _put(file, offset, data)
 
 
 def _made(part: Part) -> Mapping[str, Tensor]:

@@ -67,7 +67,7 @@ def _merged_parts(split: Split, dtype: torch.dtype | None) -> nn.Module:
 
 def _merged_layer(layer: AdaptedLayer, dtype: torch.dtype | None) -> nn.Module:
     with torch.autocast(layer.device.type, enabled=False):  # it would round B A to half precision
-        weight = layer.merged_weight().to(dtype or weight_dtype(layer.base_layer))
+        weight = layer.merged_weight_in(dtype or weight_dtype(layer.base_layer))
     return with_weight(layer.base_layer, weight)
 
 
@@ -78,7 +78,7 @@ def check_mergeable(layers: Mapping[str, AdaptedLayer], *, dtype: torch.dtype | 
     for name, layer in layers.items():
         if not is_finite(dense_weight(layer.base_layer, weight_dtype(layer.base_layer))):
             broken.append(f"{name} (its base weight)")
-        elif not is_finite(layer.merged_weight().to(dtype or weight_dtype(layer.base_layer))):
+        elif not is_finite(layer.merged_weight_in(dtype or weight_dtype(layer.base_layer))):
             broken.append(f"{name} (its merged weight)")
     if broken:
         raise MergeError(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.nn.kind import Kind
+from lightning_lora.nn.pieces import PieceMerger
 
 
 class Adapter(nn.Module, ABC):
@@ -77,6 +78,13 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw the starting values, also after the parameters were materialized from the meta device."""
+
+    def piece_merger(self) -> PieceMerger | None:
+        """Return what merges some rows of the weight alone, as :meth:`merged` does, or None where they need the others.
+
+        Large weights are then merged a few rows at a time, several times as fast and without a second weight in memory.
+        """
+        return None
 
     def update_factors(self) -> tuple[Tensor, Tensor] | None:
         """Return what it adds to the original base weight as factors, or None where that is no product of two.

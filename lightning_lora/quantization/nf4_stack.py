@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.nn.experts import ExpertsKind, StackedWeight, experts_kind
+from lightning_lora.nn.pieces import pieces_of
 from lightning_lora.quantization.config import NF4Config
 from lightning_lora.quantization.nf4 import NF4Linear
 
@@ -46,6 +49,10 @@ class NF4Stack(NF4Linear):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the whole parameter in ``dtype``."""
         return super().dequantize(dtype).view(self.shape)
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the experts in order, a few at a time."""
+        yield from pieces_of(self.dequantize(dtype), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Raise: there is no call with an input."""
