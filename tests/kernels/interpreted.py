@@ -1,4 +1,4 @@
-"""Triton's interpreter, rounding as the compiled kernels do: what is run in a process with TRITON_INTERPRET=1 imports it.
+"""Triton's interpreter, rounding as the compiled kernels do: for processes with TRITON_INTERPRET=1.
 
 The interpreter cuts float32 off where it becomes bfloat16, which no GPU does; here it rounds as the compiled kernel's
 instruction does (test_nf4_triton.py reads that it is ``cvt.rn``).

@@ -20,7 +20,7 @@ BLOCKS = {"BLOCK": 64, "NESTED": True, "NESTED_BLOCK": 256}
 
 
 def test_they_pass_under_tritons_interpreter():
-    """Odd sizes, all dtypes and block sizes: bit-equal to bitsandbytes, and to plain torch; float64 but for roundings."""
+    """Odd sizes, all dtypes and block sizes: bit-equal to bitsandbytes or plain torch, float64 but for roundings."""
     files = [str(HERE / f"interpreted_{name}.py") for name in ("nf4", "normal_float")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     said = subprocess.run(
