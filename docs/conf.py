@@ -1,4 +1,4 @@
-"""How Sphinx makes the site: ``python -m sphinx -W -b html docs docs/_build``.
+"""How Sphinx makes the site: ``python -m sphinx -W -b html docs docs/_build``; ``-b linkcheck`` tries its addresses.
 
 Pages are Markdown, so that they read the same on the site and in the repository. The API comes from docstrings.
 """
@@ -26,3 +26,9 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
+
+linkcheck_timeout = 20
+linkcheck_retries = 2
+linkcheck_workers = 2  # hosts of papers slow down who asks faster
+linkcheck_anchors = False  # pages that scripts put together have none in their text
+linkcheck_report_timeouts_as_broken = True

@@ -46,7 +46,7 @@ def progress_bar() -> ProgressBar:
 
 def environment() -> str:
     """One line on the machine and the versions that matter."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, threads: {torch.get_num_threads()}"
     versions = f"Python {platform.python_version()} | torch {torch.__version__} | bitsandbytes {bitsandbytes_version()}"
     return f"{device} | {versions}"
 

@@ -38,9 +38,9 @@ def _loss_curve(losses: list[float], report: dict[str, Any]) -> Figure:
     axes.plot(smooth, color=LINES[1]["color"], linewidth=2, label=f"training, mean of {width} steps")
     ends = (0, len(losses) - 1), (report["held_out_before"], report["held_out_after"])
     axes.plot(*ends, "s", color="#000000", markersize=6, label="held-out, before and after")
-    for x, y in zip(*ends, strict=True):
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.annotate(f"{y:.2f}", (x, y), (0, -18), textcoords="offset points", ha="center", bbox=box)
+    for x, y, side, away in zip(*ends, ("right", "left"), (-7, 7), strict=True):  # beside the curve, not on it
+        axes.annotate(f"{y:.2f}", (x, y), (away, 0), textcoords="offset points", ha=side, va="center")
+    axes.margins(x=0.08)
     axes.set(xlabel="step", ylabel="bits per byte", title=f"QLoRA of the demo model on {report['text']}")
     axes.legend()
     return made

@@ -44,7 +44,7 @@ def draw(bars: Bars, *, title: str = "", note: str = "") -> Figure:
             label = part if row == 0 else None
             axes.barh(row, size, left=left, height=0.62, edgecolor="#000000", linewidth=0.5, label=label, **PARTS[part])
             left += size
-        axes.text(left, row, f" {left:.3g}", va="center")
+        axes.text(left, row, f" {left:#.3g}".rstrip("."), va="center")
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set(xlabel=f"{unit}{note}", title=title)
