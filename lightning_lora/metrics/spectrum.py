@@ -118,6 +118,7 @@ def _from_grams(grams: Tensor) -> Tensor:
 
 def _roots(grams: Tensor) -> Tensor:
     """``L`` with ``L L^T`` the given matrices, of shape ``(N, R, R)``."""
+    roots: Tensor
     roots, failed = torch.linalg.cholesky_ex(grams)
     dependent = failed.nonzero().flatten()
     values, vectors = torch.linalg.eigh(grams[dependent])

@@ -193,7 +193,7 @@ def triangle(projection: Tensor) -> Tensor:
     Returns:
         ``L`` of shape ``(R, min(R, I))``, like ``A`` on its device and in its dtype.
     """
-    found: Tensor | None = _triangles.get(projection)
+    found: Tensor | None = _triangles.get(projection)  # type: ignore[no-untyped-call]
     if found is None:
         upper = torch.linalg.qr(projection.cpu().double().T, mode="r").R
         _triangles[projection] = found = upper.T.contiguous().to(projection)
