@@ -24,9 +24,9 @@ class Adapter(nn.Module, ABC):
     Parameters are bare ``nn.Parameter``s rather than ``nn.Linear`` modules, so that nothing which searches a model for
     linear layers (quantizers, sharding policies, another injection) finds the adapter itself.
 
-    Three methods every adapter has, and one of low rank has a fourth, :meth:`update_factors`. The others are for
-    adapters that start from the base weight; the base itself is
-    never rewritten, but one that is going to be quantized may be quantized without what the adapter starts with.
+    Three methods every adapter has, and one of low rank has a fourth, :meth:`update_factors`. The others, but for
+    :meth:`spectral_factors`, are for adapters that start from the base weight; the base itself is never rewritten, but
+    one that is going to be quantized may be quantized without what the adapter starts with.
     """
 
     additive: ClassVar[bool] = True
@@ -94,6 +94,14 @@ class Adapter(nn.Module, ABC):
             scaling is in them.
         """
         return None
+
+    def spectral_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return factors of a matrix with the singular values of the update: smaller ones, where it knows them.
+
+        ``B A`` and ``B L`` have the same ones if ``A = L Q`` with orthonormal rows of ``Q``, since
+        ``A A^T = L L^T``. They say how long the update is, not where it points.
+        """
+        return self.update_factors()
 
     def start(self, weight: Callable[[], Tensor]) -> None:
         """Compute what of the starting values depends on the base weight; called once, before the adapter is used.
