@@ -35,6 +35,8 @@ from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.nn.lora_fa import LoRAFAConfig
 from lightning_lora.nn.vera import VeRAConfig
+from lightning_lora.optim.badam import BAdam
+from lightning_lora.optim.galore_adamw import GaLore
 from lightning_lora.optim.lora_plus import param_groups
 from lightning_lora.quantization import adopt as _adopt  # noqa: F401 (registers bitsandbytes' layers as bases)
 from lightning_lora.quantization.config import FP4Config, Int8Config, NF2Config, NF3Config, NF4Config
@@ -48,9 +50,11 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterError",
     "AdapterMonitor",
+    "BAdam",
     "CheckpointError",
     "DoRAConfig",
     "FP4Config",
+    "GaLore",
     "GradientError",
     "Int8Config",
     "LoRACLI",

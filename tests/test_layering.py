@@ -17,8 +17,8 @@ BELOW = {
     "io": {"errors", "dependencies", "nn", "model"},
     "optim": {"errors", "dependencies", "nn", "model"},
     "metrics": {"errors", "nn", "model"},
-    "estimation": {"errors", "nn", "model", "optim"},
-    "callbacks": {"errors", "nn", "model", "quantization", "io", "optim", "metrics"},
+    "estimation": {"errors", "nn", "model", "quantization", "optim"},
+    "callbacks": {"errors", "nn", "model", "quantization", "io", "optim", "metrics", "estimation"},
     "strategies": {"errors", "callbacks"},
     "cli": {
         "errors",

@@ -12,9 +12,11 @@ import lightning_lora
 NAMES = {
     "AdapterError",
     "AdapterMonitor",
+    "BAdam",
     "CheckpointError",
     "DoRAConfig",
     "FP4Config",
+    "GaLore",
     "GradientError",
     "Int8Config",
     "LoRACLI",

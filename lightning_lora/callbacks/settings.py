@@ -16,6 +16,7 @@ from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.nn.lora_fa import LoRAFAConfig
 from lightning_lora.nn.low_rank import LowRankConfig
 from lightning_lora.nn.vera import VeRAConfig
+from lightning_lora.optim.swaps import FOR_FULL_TRAINING, SWAPS, AnySwap
 from lightning_lora.quantization.config import QuantizationConfig
 from lightning_lora.quantization.formats import CONFIGS
 
@@ -26,7 +27,6 @@ DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(LoRACo
 """The callback's arguments that a method may have, and what they are unless given."""
 BASELINES = ("freeze", "full")
 """Methods without adapters, to compare with: some modules trained and the rest frozen, or everything trained."""
-OPTIMIZERS = ("paged_adamw_8bit",)
 EVA_BATCHES = 32
 
 
@@ -136,6 +136,34 @@ def as_quantization(value: str | QuantizationConfig | None, method: str) -> Quan
         return value
     check_choice("quantization", value, ("auto", *CONFIGS))
     return CONFIGS[str(value)]()
+
+
+def as_swap(value: str | Mapping[str, Any] | AnySwap | None, method: str) -> AnySwap | None:
+    """What Adam and AdamW become: by name, as its value, or as YAML gives it, ``{"name": "badam", "order": ...}``.
+
+    Raises:
+        ValueError: If there is none of that name, or it is for full training and the method another.
+        TypeError: If a value has no such field.
+    """
+    if value is None:
+        return None
+    swap = value if type(value) in SWAPS.values() else None
+    if swap is None:
+        given = dict(value) if isinstance(value, Mapping) else {"name": value}
+        name = given.pop("name", None)
+        check_choice("optimizer", name, SWAPS)
+        unknown = sorted(set(given) - {field.name for field in fields(SWAPS[str(name)])})
+        if unknown:
+            known = listing(field.name for field in fields(SWAPS[str(name)])) or "none"
+            raise ValueError(f"optimizer {name!r} has no {listing(unknown)}; its fields are {known}")
+        swap = SWAPS[str(name)](**given)
+    if isinstance(swap, FOR_FULL_TRAINING) and method != "full":
+        raise ValueError(
+            f"optimizer={swap.name!r} saves memory where whole matrices are trained, and method={method!r} does not. "
+            "Use method='full', or optimizer='paged_adamw_8bit'"
+        )
+    assert isinstance(swap, AnySwap)
+    return swap
 
 
 def as_config(method: str, **values: Any) -> AdapterConfig:

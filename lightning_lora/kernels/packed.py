@@ -16,6 +16,12 @@ NESTED_BLOCK = 256
 """How many block maxima share a constant under double quantization (QLoRA, section 3)."""
 
 
+def sizes(weights: int, bits: int, block_size: int, *, nested: bool) -> tuple[int, int, int, int]:
+    """Return how many bytes of codes, maxima, nested maxima and offsets so many weights have, as in :class:`Packed`."""
+    blocks = -(-weights // block_size)
+    return -(-weights * bits // 8), blocks, -(-blocks // NESTED_BLOCK) if nested else 0, int(nested)
+
+
 class Packed(NamedTuple):
     """A weight as codes of levels: ``w = level[code] m``, with one maximum ``m`` for each block of weights.
 
@@ -62,13 +68,7 @@ class Packed(NamedTuple):
 
     def check(self, shape: Sequence[int], dtype: torch.dtype, bits: int = 4) -> None:
         """Raise ``RuntimeError`` unless this is a weight of that shape: a kernel would read past its end."""
-        blocks = -(-math.prod(shape) // self.block_size)
-        expected = (
-            -(-math.prod(shape) * bits // 8),
-            blocks,
-            -(-blocks // NESTED_BLOCK) if self.nested else 0,
-            int(self.nested),
-        )
+        expected = sizes(math.prod(shape), bits, self.block_size, nested=self.nested)
         found = tuple(tensor.numel() for tensor in self[:4])
         if found != expected:
             raise RuntimeError(

@@ -57,11 +57,11 @@ class Int8Linear(FrozenLinear[Int8Config]):
         return cls(shape, Int8Config(), packed, bias=layer.bias, source_dtype=dtype).train(layer.training)
 
     @classmethod
-    def refusal(cls, weight: Tensor, device: torch.device) -> str | None:
+    def refusal_of_values(cls, weight: Tensor) -> str | None:
         """Bitsandbytes rounds to ``float16`` first, which ends at 65504."""
         if not weight.is_meta and weight.numel() and weight.abs().amax() > torch.finfo(torch.float16).max:
             return "its weight has values beyond 65504, the largest of float16, from which INT8 is rounded"
-        return super().refusal(weight, device)
+        return super().refusal_of_values(weight)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight of shape ``(O, I)`` that :meth:`forward` multiplies with when it computes in ``dtype``."""

@@ -29,13 +29,21 @@ class NF4Stack(NF4Linear):
     @classmethod
     def from_stack(cls, layer: StackedWeight, config: NF4Config) -> NF4Stack:
         """Quantize a stack; it is left as it is."""
-        rows = layer.weight.detach().flatten(0, 1)
-        flat = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
-        flat.weight = nn.Parameter(rows, requires_grad=False)
-        stack = cls.from_linear(flat.train(layer.training), config)
-        assert isinstance(stack, cls)
-        stack.shape, stack.transposed = tuple(layer.weight.shape), layer.transposed
-        return stack
+        return cls.from_linear(_rows(layer), config)._standing_for(layer)
+
+    @classmethod
+    def blank(cls, layer: StackedWeight, config: NF4Config) -> NF4Stack:
+        """Return one of the size of a stack, without values."""
+        rows = _rows(layer)
+        layout = config.layout(rows.out_features, rows.in_features)
+        packed = {name: layer.weight.new_empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+        shape, dtype = (rows.out_features, rows.in_features), layer.weight.dtype
+        blank = cls(shape, config, packed, bias=None, source_dtype=dtype).train(layer.training)
+        return blank._standing_for(layer)
+
+    def _standing_for(self, layer: StackedWeight) -> NF4Stack:
+        self.shape, self.transposed = tuple(layer.weight.shape), layer.transposed
+        return self
 
     @property
     def kind(self) -> ExpertsKind:
@@ -61,3 +69,11 @@ class NF4Stack(NF4Linear):
     def extra_repr(self) -> str:
         """Shape and storage, for ``print(model)``."""
         return f"{self.shape}, {self.storage}"
+
+
+def _rows(layer: StackedWeight) -> nn.Linear:
+    """The matrices one below the other, as one layer."""
+    rows = layer.weight.detach().flatten(0, 1)
+    flat = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+    flat.weight = nn.Parameter(rows, requires_grad=False)
+    return flat.train(layer.training)

@@ -100,21 +100,46 @@ def check_quantizable(
         UnsupportedError: If bitsandbytes is not installed.
     """
     dependencies.bitsandbytes(f"quantization={config.name!r}")
-    kept = {}
-    for name, layer in layers.items():
-        base = layer.base_layer if isinstance(layer, AdaptedLayer) else layer
-        if isinstance(base, QuantizedLinear) or adopter_of(base) is not None:
-            continue
-        reason = _refusal(base, config, device)
+    dense = _dense_bases(layers)
+    kept = refusals(layers, config, device)
+    for name, base in dense.items():
+        reason = linear_class(config).refusal_of_values(stored_weight(base).detach()) if name not in kept else None
         if reason is not None:
             kept[name] = reason
+    refuse_none_left(layers, kept, config)
+    return kept
+
+
+def refusals(
+    layers: Mapping[str, nn.Module], config: QuantizationConfig, device: torch.device | str | None = None
+) -> dict[str, str]:
+    """Return the layers that stay dense whatever their values are, with the reason.
+
+    Args:
+        layers: Linear layers by name, with adapters or without.
+        config: How they would be stored.
+        device: Where they would be quantized; None is where each of them is.
+    """
+    reasons = {name: _refusal(base, config, device) for name, base in _dense_bases(layers).items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def refuse_none_left(layers: Mapping[str, nn.Module], kept: Mapping[str, str], config: QuantizationConfig) -> None:
+    """Raise ``QuantizationError`` if there are layers and all of them stay dense."""
     if layers and len(kept) == len(layers):
         reasons = listing(f"{name}: {reason}" for name, reason in kept.items())
         raise QuantizationError(
             f"none of the {len(layers)} adapted layers can be held in {config.name.upper()} ({reasons}). Use "
             "quantization=None"
         )
-    return kept
+
+
+def _dense_bases(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers, or those under their adapters, that are in few bits nowhere yet."""
+    bases = {n: layer.base_layer if isinstance(layer, AdaptedLayer) else layer for n, layer in layers.items()}
+    return {
+        name: base for name, base in bases.items() if not isinstance(base, QuantizedLinear) and adopter_of(base) is None
+    }
 
 
 def _refusal(base: nn.Module, config: QuantizationConfig, device: torch.device | str | None) -> str | None:

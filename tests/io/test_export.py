@@ -189,7 +189,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
-        with pytest.raises(OSError, match=r"large; the model was not written, and what was there .* Check the disk") as found:
+        with pytest.raises(
+            OSError, match=r"large; the model was not written, and what was there .* Check the disk"
+        ) as found:
             export_merged(randomize(adapted(), std=1), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

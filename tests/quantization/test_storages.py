@@ -25,8 +25,8 @@ from lightning_lora import (
     summary,
 )
 from lightning_lora.kernels.packed import DTYPES
-from lightning_lora.quantization.config import CodebookConfig, QuantizationConfig
-from lightning_lora.quantization.formats import CONFIGS, from_storage, quantized_linear
+from lightning_lora.quantization.config import CodebookConfig, QuantizationConfig, packed_bytes
+from lightning_lora.quantization.formats import CONFIGS, blank_linear, from_storage, quantized_linear
 from lightning_lora.quantization.fp4 import FP4Linear
 from lightning_lora.quantization.int8 import Int8Linear
 from tests.conftest import randomize, relative_difference
@@ -83,6 +83,21 @@ def test_a_codebook_takes_exactly_the_bits_of_its_codes_and_maxima(kind, block_s
     maxima = 8 / block_size + 32 / (256 * block_size) + 32 / count if double_quant else 32 / block_size
     stored = sum(tensor.numel() * tensor.element_size() for tensor in (*layer.parameters(), *layer.buffers()))
     assert 8 * stored == (config.bits + maxima) * count  # the one offset of the weight included
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (33, 70), (100, 64), (1, 2)])
+@pytest.mark.parametrize("double_quant", [True, False, None])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_says_every_tensor_of_a_quantized_layer_before_there_is_one(name, double_quant, shape):
+    config = CONFIGS[name]() if double_quant is None or name == "int8" else CONFIGS[name](double_quant=double_quant)
+    stored = quantized_linear(linear(*shape), config)
+    tensors = {name: getattr(stored, name) for name in stored.tensors}
+    assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == config.layout(*shape)
+    assert packed_bytes(config, *shape) == sum(tensor.nbytes for tensor in tensors.values())
+    blank = blank_linear(linear(*shape), config).state_dict()
+    assert {k: (v.shape, v.dtype) for k, v in blank.items()} == {
+        k: (v.shape, v.dtype) for k, v in stored.state_dict().items()
+    }
 
 
 def test_more_bits_lose_less_of_gaussian_weights():
