@@ -6,6 +6,7 @@ A format says how a piece of a weight is rounded to its levels, and how codes be
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,21 @@ class CodebookLinear(FrozenLinear[CodebookConfig]):
             bias=layer.bias,
             source_dtype=layer.weight.dtype,
         ).train(layer.training)
+
+    @classmethod
+    def misfit(cls, shape: tuple[int, int], config: CodebookConfig, packed: Mapping[str, Tensor]) -> str | None:
+        """Sizes follow from the shape, and constants are bits, or 8-bit codes where they are quantized too."""
+        codes, absmax, nested_absmax, offset = (packed[name] for name in cls.tensors)
+        found = Packed(codes, absmax, nested_absmax, offset, config.block_size)
+        expected = (torch.uint8 if config.double_quant else torch.int32, torch.int32, torch.int32)
+        dtypes = (found.absmax.dtype, found.nested_absmax.dtype, found.offset.dtype)
+        if dtypes != expected:
+            return f"constants of {dtypes}, expected {expected}"
+        try:
+            found.check(shape, torch.float32, config.bits)
+        except RuntimeError as error:
+            return str(error)
+        return None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight of shape ``(O, I)`` that :meth:`forward` multiplies with when it computes in ``dtype``."""

@@ -68,6 +68,17 @@ class FrozenLinear(QuantizedLinear, Generic[Config]):
         """Why this format cannot hold a weight on that device, or None if it can."""
         return None if device.type in ("cpu", "cuda") else f"no kernel for it on {device.type}"
 
+    @classmethod
+    @abstractmethod
+    def misfit(cls, shape: tuple[int, int], config: Config, packed: Mapping[str, Tensor]) -> str | None:
+        """Why tensors, of which shapes and dtypes are looked at, are no packed weight of that shape; None if they are.
+
+        Args:
+            shape: ``(O, I)``.
+            config: How the weight would be stored.
+            packed: By the names in :attr:`tensors`, on any device.
+        """
+
     def hold_as_parameters(self) -> None:
         """Hold the packed tensors as frozen parameters instead of buffers, under the same names.
 

@@ -9,6 +9,7 @@ product in the compute dtype.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,6 +61,13 @@ class Int8Linear(FrozenLinear[Int8Config]):
         if not weight.is_meta and weight.numel() and weight.abs().amax() > torch.finfo(torch.float16).max:
             return "its weight has values beyond 65504, the largest of float16, from which INT8 is rounded"
         return super().refusal(weight, device)
+
+    @classmethod
+    def misfit(cls, shape: tuple[int, int], config: Int8Config, packed: Mapping[str, Tensor]) -> str | None:
+        """A byte for each weight, and a constant for each row."""
+        found = {name: (tuple(packed[name].shape), packed[name].dtype) for name in cls.tensors}
+        expected = {"codes": (shape, torch.int8), "absmax": (shape[:1], torch.int32)}
+        return None if found == expected else f"{found}, expected {expected}"
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight of shape ``(O, I)`` that :meth:`forward` multiplies with when it computes in ``dtype``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +36,15 @@ class NF4Stack(NF4Linear):
         stack.shape, stack.transposed = tuple(layer.weight.shape), layer.transposed
         return stack
 
+    @classmethod
+    def of_stack(
+        cls, layer: StackedWeight, config: NF4Config, packed: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> NF4Stack:
+        """Return the stack with these packed tensors; of ``layer`` only the shape is looked at."""
+        stack = cls(rows_and_columns(layer), config, packed, bias=None, source_dtype=dtype)
+        stack.shape, stack.transposed = tuple(layer.weight.shape), layer.transposed
+        return stack.train(layer.training)
+
     @property
     def kind(self) -> ExpertsKind:
         """The sizes of one expert, and how many there are."""
@@ -54,3 +65,9 @@ class NF4Stack(NF4Linear):
     def extra_repr(self) -> str:
         """Shape and storage, for ``print(model)``."""
         return f"{self.shape}, {self.storage}"
+
+
+def rows_and_columns(layer: StackedWeight) -> tuple[int, int]:
+    """The shape of the matrices of a stack one below the other."""
+    experts, rows, columns = layer.weight.shape
+    return experts * rows, columns
