@@ -17,8 +17,9 @@ BELOW = {
     "io": {"errors", "dependencies", "nn", "model"},
     "optim": {"errors", "dependencies", "nn", "model"},
     "metrics": {"errors", "nn", "model"},
+    "loading": {"errors", "nn", "model", "quantization", "io"},
     "estimation": {"errors", "nn", "model", "quantization", "optim"},
-    "callbacks": {"errors", "nn", "model", "quantization", "io", "optim", "metrics", "estimation"},
+    "callbacks": {"errors", "nn", "model", "quantization", "io", "loading", "optim", "metrics", "estimation"},
     "strategies": {"errors", "callbacks"},
     "cli": {
         "errors",
@@ -27,6 +28,7 @@ BELOW = {
         "model",
         "quantization",
         "io",
+        "loading",
         "optim",
         "metrics",
         "estimation",

@@ -81,7 +81,7 @@ def write_model(
     config = getattr(model, "config", None)
     beside: dict[str, Callable[[Path], object]] = {}
     if isinstance(config, WritesJson):
-        text = _config_text(config, type(model).__name__, dtype)
+        text = config_text(config, type(model).__name__, dtype)
         beside[MODEL_CONFIG] = lambda file: file.write_text(text)
     write_shards(folder, parts, max_shard_size=max_shard_size, metadata=merged_metadata(), beside=beside)
     return folder
@@ -170,7 +170,14 @@ def _prefixes(key: str) -> Iterator[str]:
             yield key[:index]
 
 
-def _config_text(config: WritesJson, architecture: str, dtype: torch.dtype | None) -> str:
+def config_text(config: WritesJson, architecture: str, dtype: torch.dtype | None = None) -> str:
+    """A model's configuration as a file, of a model that is not quantized.
+
+    Args:
+        config: The configuration.
+        architecture: The model's class, if the configuration does not name it.
+        dtype: What the weights are stored in, where that is not what the configuration says.
+    """
     settings = json.loads(config.to_json_string())
     settings.pop("quantization_config", None)  # the merged weights are plain
     if not settings.get("architectures"):

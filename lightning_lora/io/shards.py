@@ -30,16 +30,52 @@ from lightning_lora.io.behind import WriteBehind
 from lightning_lora.io.dtypes import NAMES
 from lightning_lora.model.merge import is_finite
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-_SHARD = re.compile(r"model-(b-)?\d{5}-of-\d{5}\.safetensors")
 _NOTHING: Mapping[str, Callable[[Path], object]] = MappingProxyType({})
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {f"{letter}IB": 2 ** (10 * power) for power, letter in enumerate("KMGT", start=1)}
 _VERIFIED = 4
 _PIECE = 2**23
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the files of a model are called.
+
+    Attributes:
+        stem: What all names begin with.
+    """
+
+    stem: str
+
+    @property
+    def single(self) -> str:
+        """The one file of a model that is not in shards."""
+        return f"{self.stem}.safetensors"
+
+    @property
+    def index(self) -> str:
+        """What says which shard holds what."""
+        return f"{self.single}.index.json"
+
+    def shard(self, number: int, count: int, *, second: bool = False) -> str:
+        """One of several; the ``second`` names are for those written while the first are in use."""
+        return f"{self.stem}-{'b-' * second}{number:05d}-of-{count:05d}.safetensors"
+
+    def is_shard(self, name: str) -> bool:
+        """Whether a file is called as a shard."""
+        return re.fullmatch(rf"{self.stem}-(b-)?\d{{5}}-of-\d{{5}}\.safetensors", name) is not None
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder holds a model under these names."""
+        return (folder / self.single).is_file() or (folder / self.index).is_file()
+
+
+MODEL = Naming("model")
+"""What every program looks for."""
+
+QUANTIZED = Naming("quantized")
+"""What only this one does: another would take packed tensors for missing ones, and draw those."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +118,7 @@ def write_shards(
     max_shard_size: int | str,
     metadata: Mapping[str, str],
     beside: Mapping[str, Callable[[Path], object]] = _NOTHING,
+    naming: Naming = MODEL,
 ) -> None:
     """Write the parts to ``folder``: to ``model.safetensors``, or to shards and their index where they are larger.
 
@@ -95,16 +132,17 @@ def write_shards(
         max_shard_size: Bytes of a file at most, unless a single tensor is larger.
         metadata: For the header of each file, beside ``format``.
         beside: Other files of the model by name, such as its config: each writes itself to a path.
+        naming: What the files are called.
 
     Raises:
         MergeError: If a computed tensor is not finite, or what was read again is not what was written.
         OSError: If there is no room; what was there before is untouched.
     """
     shards = _split(parts, as_bytes(max_shard_size))
-    names = [SINGLE] if len(shards) == 1 else _free_names(folder, len(shards))
+    names = [naming.single] if len(shards) == 1 else _free_names(folder, naming, len(shards))
     folder.mkdir(parents=True, exist_ok=True)
     _require_room(folder, sum(part.size for part in parts))
-    index = [INDEX] * (len(shards) > 1)
+    index = [naming.index] * (len(shards) > 1)
     with replacing_all([folder / name for name in (*beside, *names, *index)]) as temporaries:
         for write, file in zip(beside.values(), temporaries, strict=False):
             write(file)
@@ -114,7 +152,7 @@ def write_shards(
         _verify(files, shards, places)
         if index:
             _write_index(temporaries[-1], names, shards)
-    _drop_older(folder, names)
+    _drop_older(folder, naming, names)
 
 
 def _split(parts: Sequence[Part], limit: int) -> list[list[Part]]:
@@ -249,20 +287,20 @@ def _write_index(file: Path, names: Sequence[str], shards: Sequence[Sequence[Par
     file.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _drop_older(folder: Path, names: Sequence[str]) -> None:
+def _drop_older(folder: Path, naming: Naming, names: Sequence[str]) -> None:
     """Delete the files of an earlier export, which a reader might prefer to these."""
-    kept = {*names, INDEX} if len(names) > 1 else set(names)
-    shards = sorted(path for path in folder.iterdir() if _SHARD.fullmatch(path.name))
-    for path in (folder / SINGLE, folder / INDEX, *shards):  # an index goes before its shards
+    kept = {*names, naming.index} if len(names) > 1 else set(names)
+    shards = sorted(path for path in folder.iterdir() if naming.is_shard(path.name))
+    for path in (folder / naming.single, folder / naming.index, *shards):  # an index goes before its shards
         if path.name not in kept:
             path.unlink(missing_ok=True)
 
 
-def _free_names(folder: Path, count: int) -> list[str]:
+def _free_names(folder: Path, naming: Naming, count: int) -> list[str]:
     """Names for shards, other than those of the model that is in the folder."""
-    in_use = _shards_in(folder / INDEX)
-    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    return names if in_use.isdisjoint(names) else [name.replace("model-", "model-b-") for name in names]
+    in_use = _shards_in(folder / naming.index)
+    names, others = ([naming.shard(n, count, second=s) for n in range(1, count + 1)] for s in (False, True))
+    return names if in_use.isdisjoint(names) else others
 
 
 def _shards_in(index: Path) -> set[str]:

@@ -60,6 +60,19 @@ def blank_linear(layer: nn.Linear, config: QuantizationConfig) -> FrozenLayer:
     return linear_class(config)(shape, config, packed, bias=layer.bias, source_dtype=dtype).train(layer.training)
 
 
+def config_of(value: str | QuantizationConfig) -> QuantizationConfig:
+    """A storage by its name, or as its config.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if not isinstance(value, str) and type(value) in CONFIGS.values():
+        return value
+    if value not in CONFIGS:
+        raise ValueError(f"quantization must be one of {', '.join(CONFIGS)}, their configs or None, got {value!r}")
+    return CONFIGS[str(value)]()
+
+
 def from_storage(words: str) -> QuantizationConfig:
     """The config that a layer's ``storage`` describes: ``nf4/64 double-quantized``.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,15 @@ class NF4Stack(NF4Linear):
         self.shape, self.transposed = tuple(layer.weight.shape), layer.transposed
         return self
 
+    @classmethod
+    def of_stack(
+        cls, layer: StackedWeight, config: NF4Config, packed: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> NF4Stack:
+        """Return the stack with these packed tensors; of ``layer`` only the shape is looked at."""
+        stack = cls(rows_and_columns(layer), config, packed, bias=None, source_dtype=dtype)
+        stack.shape, stack.transposed = tuple(layer.weight.shape), layer.transposed
+        return stack.train(layer.training)
+
     @property
     def kind(self) -> ExpertsKind:
         """The sizes of one expert, and how many there are."""
@@ -77,3 +86,9 @@ def _rows(layer: StackedWeight) -> nn.Linear:
     flat = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
     flat.weight = nn.Parameter(rows, requires_grad=False)
     return flat.train(layer.training)
+
+
+def rows_and_columns(layer: StackedWeight) -> tuple[int, int]:
+    """The shape of the matrices of a stack one below the other."""
+    experts, rows, columns = layer.weight.shape
+    return experts * rows, columns
