@@ -38,6 +38,10 @@ _PIECE = 2**23
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+Made = Iterable[tuple[str, Tensor]]
+"""Tensors by name, each whole, or its rows piece by piece in order."""
+
+
 @dataclass(frozen=True)
 class Naming:
     """How the files of a model are called.
@@ -84,12 +88,12 @@ class Part:
 
     Attributes:
         outline: Meta tensors of the shapes and dtypes they will have, by name.
-        make: Makes them.
+        make: Makes them, tensor by tensor in any order, each whole or piece by piece.
         computed: Whether they are results, to be checked, rather than copies of what is there.
     """
 
     outline: Mapping[str, Tensor]
-    make: Callable[[], Mapping[str, Tensor]]
+    make: Callable[[], Made]
     computed: bool = False
 
     @property
@@ -206,32 +210,23 @@ def _write(file: Path, parts: Iterable[Part], metadata: Mapping[str, str], behin
 
 def _write_part(file: Any, part: Part, places: Mapping[str, int], behind: WriteBehind) -> None:
     """Make a part and have it written. In a function of its own, so that the thread alone holds it from then on."""
-    made = [(places[name], _memory(tensor)) for name, tensor in _made(part).items()]
-    behind.put(partial(_put_all, file, made))
+    for place, data in _placed(part, places):
+        behind.put(partial(_put, file, place, data))
 
 
-def _put_all(file: Any, made: Sequence[tuple[int, memoryview]]) -> None:
-    for offset, data in made:
-        _put(file, offset, data)
-
-
-def _made(part: Part) -> Mapping[str, Tensor]:
-    made = part.make()
-    broken = [name for name, tensor in made.items() if part.computed and not is_finite(tensor)]
-    if broken:
-        raise MergeError(
-            f"NaN or infinity in {listing(broken)}; nothing was written. A NaN comes from a diverged training or a "
-            "broken base: go back to an earlier checkpoint. An infinity comes from a dtype too narrow: "
-            "dtype=torch.float32"
-        )
-    apart = [
-        name
-        for name, tensor in part.outline.items()
-        if (made[name].shape, made[name].dtype) != (tensor.shape, tensor.dtype)
-    ]
-    assert made.keys() == part.outline.keys(), made.keys() ^ part.outline.keys()
-    assert not apart, apart
-    return made
+def _placed(part: Part, places: Mapping[str, int]) -> Iterator[tuple[int, memoryview]]:
+    """Make a part; yield what goes where in the file."""
+    at = {name: places[name] for name in part.outline}
+    for name, tensor in part.make():
+        if part.computed and not is_finite(tensor):
+            raise MergeError(
+                f"NaN or infinity in {name}; nothing was written. A NaN comes from a diverged training or a broken "
+                "base: go back to an earlier checkpoint. An infinity comes from a dtype too narrow: dtype=torch.float32"
+            )
+        assert tensor.dtype == part.outline[name].dtype, name
+        yield at[name], _memory(tensor)
+        at[name] += _size(tensor)
+    assert all(at[name] == places[name] + _size(tensor) for name, tensor in part.outline.items()), at
 
 
 def _put(file: Any, offset: int, data: memoryview) -> None:
@@ -254,11 +249,10 @@ def _verify(files: Sequence[Path], shards: Sequence[Sequence[Part]], places: Seq
                 raise MergeError(f"{file.parent}: the tensors read again are not those written; is the disk sound?")
         computed += [(file, part, begins) for part in shard if part.computed]
     for file, part, begins in computed[:: max(1, len(computed) // _VERIFIED)][:_VERIFIED]:
-        unequal = [name for name, tensor in part.make().items() if not _is_at(file, begins[name], _memory(tensor))]
-        if unequal:
+        if not all(_is_at(file, place, data) for place, data in _placed(part, begins)):
             raise MergeError(
-                f"{file.parent}: {listing(unequal)} read again is not what was computed. Either the disk is not sound, "
-                "or the model was changed while it was being written"
+                f"{file.parent}: {listing(list(part.outline))} read again is not what was computed. Either the disk is "
+                "not sound, or the model was changed while it was being written"
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from lightning_lora.nn.base import (
     weight_device,
     weight_dtype,
     weight_pieces,
-    weight_shape,
 )
 from lightning_lora.nn.fingerprint import is_held
 from lightning_lora.nn.kinds import kind_of
@@ -111,22 +110,28 @@ class AdaptedLayer(nn.Module):
         return weight
 
     @torch.no_grad()
-    def merged_weight_in(self, dtype: torch.dtype) -> Tensor:
-        """Return :meth:`merged_weight` in ``dtype``, without gradients; on a CPU a few rows at a time if it can.
+    def merged_pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the rows of :meth:`merged_weight` in order, in ``dtype`` and without gradients.
+
+        On a CPU they come a few at a time where all active adapters can merge so, else all at once.
 
         Raises:
-            AdapterError: If rows go through different adapters, so that there is no such weight.
+            AdapterError: If rows of the batch go through different adapters, so that there is no such weight.
         """
         mergers = self._piece_mergers()
         if mergers is None:
-            return self.merged_weight().to(dtype)
-        weight = torch.empty(weight_shape(self.base_layer), dtype=dtype)
+            with torch.autocast(self.device.type, enabled=False):  # it would round B A to half precision
+                whole = self.merged_weight().to(dtype)
+            yield whole
+            return
         begin = 0
         for piece in weight_pieces(self.base_layer, self._sum_dtype()):
             rows = slice(begin, begin + len(piece))
-            weight[rows] = reduce(lambda merged, merge: merge(merged, rows), mergers, piece)
+            with torch.autocast(self.device.type, enabled=False):
+                for merge in mergers:
+                    piece = merge(piece, rows)
             begin = rows.stop
-        return weight
+            yield piece.to(dtype)
 
     @property
     def weight(self) -> Tensor:
