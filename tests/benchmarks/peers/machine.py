@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ class Machine(ABC):
     @abstractmethod
     def allocations(self, act: Callable[[], object]) -> Allocations:
         """Return what ``act`` allocated."""
+
+    @abstractmethod
+    def clock(self) -> Callable[[], float]:
+        """Return what steps are timed with."""
 
     @abstractmethod
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
@@ -92,6 +97,10 @@ class Cpu(Machine):
     def allocations(self, act: Callable[[], object]) -> Allocations:
         return allocations(act)
 
+    def clock(self) -> Callable[[], float]:
+        """The process's own, which stands while others have the processor; it adds up threads, so only of one."""
+        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         return step
 
@@ -109,7 +118,7 @@ class Cpu(Machine):
         return None
 
     def describe(self) -> dict[str, str]:
-        return {}
+        return {"clock": self.clock().__name__}
 
 
 class Rehearsal(Cpu):
@@ -137,6 +146,9 @@ class Cuda(Machine):
         self.wait()
         peak, now = torch.cuda.max_memory_allocated(self.device), torch.cuda.memory_allocated(self.device)
         return Allocations(peak=peak - before, kept=now - before)
+
+    def clock(self) -> Callable[[], float]:
+        return time.perf_counter
 
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         side = torch.cuda.Stream()
