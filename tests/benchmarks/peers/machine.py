@@ -41,6 +41,9 @@ class Machine(ABC):
     backend: ClassVar[str] = "inductor"
     """Of torch.compile."""
 
+    warm_up: ClassVar[int] = 0
+    """Rounds not counted, after each contender has made five passes to be compared and counted."""
+
     @abstractmethod
     def wait(self) -> None:
         """Wait until the device has done what it was given."""
@@ -134,6 +137,7 @@ class Cuda(Machine):
     """One GPU: memory is what PyTorch's allocator gives out."""
 
     device = torch.device("cuda", 0)
+    warm_up = 2
 
     def wait(self) -> None:
         torch.cuda.synchronize(self.device)

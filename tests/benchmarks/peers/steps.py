@@ -90,7 +90,7 @@ def measure(scenario: Scenario, model: Any, machine: Machine, rounds: int) -> di
         found = attempt(partial(_acts, runner, machine))
         outcomes[name] |= {what: found[what] for what in found if what == "failed"}
         acts |= {f"{name}\n{what}": act for what, act in found.items() if what != "failed"}
-    for key, seconds in interleaved(acts, rounds, machine.clock(), warm_up=1).items():
+    for key, seconds in interleaved(acts, rounds, machine.clock(), warm_up=machine.warm_up).items():
         name, what = key.split("\n")
         outcomes[name][what] = seconds
     return outcomes
@@ -172,8 +172,6 @@ def _compare(runners: dict[str, Runner], outcomes: dict[str, Outcome], scenario:
 
 
 def _count(runner: Runner, machine: Machine) -> Outcome:
-    runner.step()  # compiles, and fills what is kept from step to step
-    runner.clear()
     memory = machine.step_memory(runner.forward, runner.step)
     tensors = [*runner.model.parameters(), *runner.model.buffers()]
     weights = held(tensors)
