@@ -92,13 +92,14 @@ def carry_out(plan: Plan, document: Document, chosen: Callable[[str], bool], rou
             continue
         if shape != scenario.workload.shape:
             model, shape = None, scenario.workload.shape
-            gc.collect()
+            plan.machine.tidy()
             torch.manual_seed(0)
             model = scenario.workload.build(plan.machine.device).requires_grad_(False)
         table = Table(scenario.workload.tokens, steps.measure(scenario, model, plan.machine, rounds))
         document.steps[str(scenario)] = table
         yield step_report(document, str(scenario))
     model = None
+    plan.machine.tidy()
     for handling, workload, setting in plan.handlings:
         name = of_handling(workload, setting, type(handling))
         if chosen(name):
@@ -169,6 +170,7 @@ def begun(given: argparse.Namespace, machine: Machine) -> Document:
 def main(words: Sequence[str] | None = None) -> None:
     """Read the command line, measure, print and write."""
     given = arguments(words)
+    gc.freeze()  # what was imported is no garbage, and there is a lot of it to look through
     warnings.simplefilter("ignore")  # the peers' own, which are not about what is measured
     plan = planned(given.device, rehearse=given.rehearse, layers=given.layers)
     names = [str(its) for its in plan.scenarios] + [of_handling(w, s, type(h)) for h, w, s in plan.handlings]

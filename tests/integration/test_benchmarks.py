@@ -51,7 +51,7 @@ def ran(tmp_path_factory):
     """Where the figures are, and the last line that was printed."""
     folder = tmp_path_factory.mktemp("compare")
     path = os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parents[1])])
-    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", RUN, str(folder)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, json.loads(done.stdout.splitlines()[-1])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -57,6 +58,10 @@ class Machine(ABC):
         """Return what steps are timed with."""
 
     @abstractmethod
+    def tidy(self) -> None:
+        """Give back what nobody holds."""
+
+    @abstractmethod
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """Return what repeats the step with one launch."""
 
@@ -103,6 +108,9 @@ class Cpu(Machine):
     def clock(self) -> Callable[[], float]:
         """The process's own, which stands while others have the processor; it adds up threads, so only of one."""
         return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def tidy(self) -> None:
+        gc.collect()
 
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         return step
@@ -153,6 +161,10 @@ class Cuda(Machine):
 
     def clock(self) -> Callable[[], float]:
         return time.perf_counter
+
+    def tidy(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         side = torch.cuda.Stream()

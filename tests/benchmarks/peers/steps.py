@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import itertools
 import math
 from collections.abc import Callable
@@ -84,7 +83,7 @@ def measure(scenario: Scenario, model: Any, machine: Machine, rounds: int) -> di
         outcomes[name] |= found
         if "failed" in found:
             del runners[name]
-        _tidy(machine)
+        machine.tidy()
     acts: dict[str, Callable[[], None]] = {}
     for name, runner in runners.items():
         found = attempt(partial(_acts, runner, machine))
@@ -188,9 +187,3 @@ def _acts(runner: Runner, machine: Machine) -> dict[str, Callable[[], None]]:
     for act in acts.values():
         act()
     return acts
-
-
-def _tidy(machine: Machine) -> None:
-    gc.collect()
-    if machine.device.type == "cuda":
-        torch.cuda.empty_cache()
