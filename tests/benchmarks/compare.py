@@ -31,22 +31,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "5"
-)  # the profiler, which counts memory on a CPU, says each time that it does
-
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # PEFT would ask for the model's page when it saves an adapter
-torch._dynamo.config.recompile_limit = 64  # each contender has blocks of its own kind
-
 from peers import claims, steps
 from peers.claims import of_handling
 from peers.contender import Setting
 from peers.document import Document, Table, handling_report, step_report
 from peers.handling import FromHost, Handling, InPlace
 from peers.machine import Cpu, Cuda, Machine, Rehearsal
-from peers.scenario import ADAPTING, CPU, CUDA, LARGE, SHORT, STACK, TRANSFORMER, Scenario, toy
+from peers.scenario import ADAPTING, CPU, CUDA, LARGE, QUANTIZING, SHORT, STACK, TRANSFORMER, Scenario, toy
 from peers.workload import Workload
 from report import Claim, Report, environment, parser
 
@@ -100,19 +92,20 @@ def carry_out(plan: Plan, document: Document, chosen: Callable[[str], bool], rou
             continue
         if shape != scenario.workload.shape:
             model, shape = None, scenario.workload.shape
-            gc.collect()
+            plan.machine.tidy()
             torch.manual_seed(0)
             model = scenario.workload.build(plan.machine.device).requires_grad_(False)
         table = Table(scenario.workload.tokens, steps.measure(scenario, model, plan.machine, rounds))
         document.steps[str(scenario)] = table
         yield step_report(document, str(scenario))
     model = None
+    plan.machine.tidy()
     for handling, workload, setting in plan.handlings:
         name = of_handling(workload, setting, type(handling))
         if chosen(name):
             taken = {
                 contender.name: handling.measure(contender, workload, setting, plan.machine, min(rounds, 3))
-                for contender in ADAPTING
+                for contender in (ADAPTING if isinstance(handling, InPlace) else QUANTIZING)
             }
             document.handling[name] = Table(0, taken)
             yield handling_report(document, name)
@@ -142,7 +135,7 @@ def page(document: Document, found: list[Claim], device: str) -> str:
     )
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     made = parser(__doc__, repeats=8)
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -151,7 +144,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="scenarios by name, as tables show it")
     made.add_argument("--list", action="store_true", help="name the scenarios, and do nothing")
     made.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables here")
-    given = made.parse_args()
+    given = made.parse_args(words)
     if given.device == "cuda" and not given.rehearse and not torch.cuda.is_available():
         made.error("--device cuda needs a CUDA device, and torch finds none; --rehearse does without")
     return given
@@ -174,9 +167,10 @@ def begun(given: argparse.Namespace, machine: Machine) -> Document:
     return document
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Read the command line, measure, print and write."""
-    given = arguments()
+    given = arguments(words)
+    gc.freeze()  # what was imported is no garbage, and there is a lot of it to look through
     warnings.simplefilter("ignore")  # the peers' own, which are not about what is measured
     plan = planned(given.device, rehearse=given.rehearse, layers=given.layers)
     names = [str(its) for its in plan.scenarios] + [of_handling(w, s, type(h)) for h, w, s in plan.handlings]

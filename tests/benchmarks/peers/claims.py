@@ -19,7 +19,7 @@ ANSWERS = {"compiled": "ours compiled", "CUDA graph": "ours, CUDA graph"}
 
 def of_handling(workload: Workload, setting: Setting, handling: type[InPlace | FromHost]) -> str:
     """The name under which the figures are."""
-    return f"{workload}, {setting}, {handling.name}"
+    return f"{handling.name}: {workload}, {setting}"
 
 
 def on_cpu(document: Document, transformer: Workload, others: Sequence[Scenario]) -> list[Claim]:

@@ -41,6 +41,7 @@ class Decoder(Workload):
         "up_proj",
         "down_proj",
     )
+    loss_tolerance: ClassVar[float] = 2**-8  # the mean, in float32, over the tokens' logits in bf16
     shape: DecoderShape
     rows: int
     length: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -34,7 +33,7 @@ class Handling(ABC):
         rows: list[Outcome] = []
         for _ in range(rounds):
             rows.append(attempt(partial(self.once, contender, workload, setting, machine)))
-            gc.collect()
+            machine.tidy()
             if "failed" in rows[-1]:
                 return rows[-1]
         return {what: [row[what] for row in rows] for what in rows[0]}

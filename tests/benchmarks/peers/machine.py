@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +42,9 @@ class Machine(ABC):
     backend: ClassVar[str] = "inductor"
     """Of torch.compile."""
 
+    warm_up: ClassVar[int] = 0
+    """Rounds not counted, after each contender has made five passes to be compared and counted."""
+
     @abstractmethod
     def wait(self) -> None:
         """Wait until the device has done what it was given."""
@@ -47,6 +52,14 @@ class Machine(ABC):
     @abstractmethod
     def allocations(self, act: Callable[[], object]) -> Allocations:
         """Return what ``act`` allocated."""
+
+    @abstractmethod
+    def clock(self) -> Callable[[], float]:
+        """Return what steps are timed with."""
+
+    @abstractmethod
+    def tidy(self) -> None:
+        """Give back what nobody holds."""
 
     @abstractmethod
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
@@ -92,6 +105,13 @@ class Cpu(Machine):
     def allocations(self, act: Callable[[], object]) -> Allocations:
         return allocations(act)
 
+    def clock(self) -> Callable[[], float]:
+        """The process's own, which stands while others have the processor; it adds up threads, so only of one."""
+        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def tidy(self) -> None:
+        gc.collect()
+
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         return step
 
@@ -109,7 +129,7 @@ class Cpu(Machine):
         return None
 
     def describe(self) -> dict[str, str]:
-        return {}
+        return {"clock": self.clock().__name__}
 
 
 class Rehearsal(Cpu):
@@ -125,6 +145,7 @@ class Cuda(Machine):
     """One GPU: memory is what PyTorch's allocator gives out."""
 
     device = torch.device("cuda", 0)
+    warm_up = 2
 
     def wait(self) -> None:
         torch.cuda.synchronize(self.device)
@@ -137,6 +158,13 @@ class Cuda(Machine):
         self.wait()
         peak, now = torch.cuda.max_memory_allocated(self.device), torch.cuda.memory_allocated(self.device)
         return Allocations(peak=peak - before, kept=now - before)
+
+    def clock(self) -> Callable[[], float]:
+        return time.perf_counter
+
+    def tidy(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         side = torch.cuda.Stream()

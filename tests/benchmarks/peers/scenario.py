@@ -21,6 +21,9 @@ EAGER: tuple[Contender, ...] = (Peft(), PeftBf16(), Ours(), Torchtune(), Floor()
 ADAPTING = EAGER[:-1]
 """Those that do something to the model."""
 
+QUANTIZING: tuple[Contender, ...] = (Peft(), Ours())
+"""Those whose weights in NF4 are the same bits."""
+
 COMPILED: tuple[Contender, ...] = (Compiled(Peft()), Compiled(Ours()))
 
 
@@ -62,7 +65,7 @@ def scenarios(workload: Workload, few: Workload | None = None, *, chunked: bool 
 
 
 TRANSFORMER = Decoder(DecoderShape(1024, 2816, 4, 8, 2048), 1, 512)
-STACK = Decoder(DecoderShape(2048, 5632, 2, 16, 4096), 1, 512)
+STACK = Decoder(DecoderShape(2048, 5632, 2, 16, 4096), 1, 256)
 LARGE, SHORT = Decoder(LLAMA_2_7B, 4, 1024), Decoder(LLAMA_2_7B, 1, 512)
 IMAGES = VisionTransformer(replace(VIT_BASE, layers=4), 4)
 MANY_IMAGES = VisionTransformer(VIT_LARGE, 32)

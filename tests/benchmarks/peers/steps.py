@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import itertools
 import math
 from collections.abc import Callable
@@ -21,10 +20,9 @@ from peers.machine import Machine, held
 from peers.scenario import Scenario
 from peers.workload import Batch, Workload
 
-LOSS, NORM = 2**-8, 2**-5
-"""How far loss and norm of the gradient may be from PEFT's, relative to it. Each is made of thousands of values that went
-through a hundred roundings of ``2^-8``, which mostly cancel: in the loss more than in the norm, whose terms are squares.
-"""
+NORM = 2**-5
+"""How far the norm of the gradient may be from PEFT's, relative to it: thousands of values that went through a hundred
+roundings of ``2^-8``, which mostly cancel."""
 
 OTHER_LOSS, OTHER_NORM = 2**-5, 2**-3
 """The same over frozen weights that are other numbers: NF4 errs by a tenth of a weight, and no two errors are alike."""
@@ -67,6 +65,7 @@ def measure(scenario: Scenario, model: Any, machine: Machine, rounds: int) -> di
         machine: Where.
         rounds: How often each is timed.
     """
+    torch._dynamo.config.recompile_limit = 64  # each contender has blocks of its own kind
     torch.compiler.reset()  # graphs of contenders that are gone count towards what may be compiled
     torch.manual_seed(1)
     batch = scenario.workload.batch(machine.device)
@@ -77,20 +76,20 @@ def measure(scenario: Scenario, model: Any, machine: Machine, rounds: int) -> di
         runner = found.pop("runner", None)
         if runner is not None:
             runners[contender.name] = runner
-    _compare(runners, outcomes, scenario.setting)
+    _compare(runners, outcomes, scenario)
     runners = {name: runner for name, runner in runners.items() if "failed" not in outcomes[name]}
     for name, runner in list(runners.items()):
         found = attempt(partial(_count, runner, machine))
         outcomes[name] |= found
         if "failed" in found:
             del runners[name]
-        _tidy(machine)
+        machine.tidy()
     acts: dict[str, Callable[[], None]] = {}
     for name, runner in runners.items():
         found = attempt(partial(_acts, runner, machine))
         outcomes[name] |= {what: found[what] for what in found if what == "failed"}
         acts |= {f"{name}\n{what}": act for what, act in found.items() if what != "failed"}
-    for key, seconds in interleaved(acts, rounds, warm_up=1).items():
+    for key, seconds in interleaved(acts, rounds, machine.clock(), warm_up=machine.warm_up).items():
         name, what = key.split("\n")
         outcomes[name][what] = seconds
     return outcomes
@@ -153,7 +152,7 @@ def loss_and_norm(runner: Runner, setting: Setting) -> Outcome:
     return {"loss": loss.item(), "norm": torch.stack(norms).norm().item() if norms else math.nan}
 
 
-def _compare(runners: dict[str, Runner], outcomes: dict[str, Outcome], setting: Setting) -> None:
+def _compare(runners: dict[str, Runner], outcomes: dict[str, Outcome], scenario: Scenario) -> None:
     """Hold loss and norm of all that have adapters to those of the first of them, which is PEFT's."""
     adapted = [name for name, runner in runners.items() if runner.trained]
     for name in adapted:
@@ -161,8 +160,8 @@ def _compare(runners: dict[str, Runner], outcomes: dict[str, Outcome], setting: 
         if not isinstance(runners[adapted[0]].contender, Peft):
             found["failed"] = "PEFT is not there to compare with; not timed"
             continue
-        other = setting.base in runners[name].contender.unlike
-        limits = (OTHER_LOSS, OTHER_NORM) if other else (LOSS, NORM)
+        other = scenario.setting.base in runners[name].contender.unlike
+        limits = (OTHER_LOSS, OTHER_NORM) if other else (scenario.workload.loss_tolerance, NORM)
         for what, limit in zip(("loss", "norm"), limits, strict=True):
             error = found[what] / reference[what] - 1
             found[f"{what} off"] = error
@@ -172,8 +171,6 @@ def _compare(runners: dict[str, Runner], outcomes: dict[str, Outcome], setting: 
 
 
 def _count(runner: Runner, machine: Machine) -> Outcome:
-    runner.step()  # compiles, and fills what is kept from step to step
-    runner.clear()
     memory = machine.step_memory(runner.forward, runner.step)
     tensors = [*runner.model.parameters(), *runner.model.buffers()]
     weights = held(tensors)
@@ -190,9 +187,3 @@ def _acts(runner: Runner, machine: Machine) -> dict[str, Callable[[], None]]:
     for act in acts.values():
         act()
     return acts
-
-
-def _tidy(machine: Machine) -> None:
-    gc.collect()
-    if machine.device.type == "cuda":
-        torch.cuda.empty_cache()

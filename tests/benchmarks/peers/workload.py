@@ -22,6 +22,9 @@ class Workload(ABC):
     targets: ClassVar[tuple[str, ...]]
     """How the names of the adapted linear layers end."""
 
+    loss_tolerance: ClassVar[float]
+    """How far a loss may be from another one, relative to it, because both were rounded."""
+
     shape: Any
     """What the model follows from: workloads with equal ones may share it."""
 
