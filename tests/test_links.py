@@ -20,7 +20,7 @@ PAGES = {
     )
     if "_build" not in path.parts
 }
-LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"|<(https?://[^>\s]+)>")
+LINK = re.compile(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)|(?:src|href)=\"([^\"]+)\"|<(https?://[^>\s]+)>")
 CODE = re.compile(r"^(`{3,})[^\n]*\n.*?^\1$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 DEEPEST = 3  # docs/conf.py, myst_heading_anchors
 
