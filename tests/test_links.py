@@ -81,6 +81,12 @@ def test_an_address_outside_the_site_is_one_that_the_site_has_too():
     assert set(OUTSIDE) - read == set()
 
 
+def test_pictures_are_small_enough_to_be_kept_in_the_repository():
+    shown = {PAGES[name].parent / link for name, link in INSIDE if link.endswith((".png", ".svg"))}
+    assert len(shown) >= 8
+    assert [path.name for path in shown if path.stat().st_size > 150_000] == []
+
+
 def test_headings_become_anchors_as_on_code_hosts(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
