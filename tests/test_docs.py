@@ -120,8 +120,6 @@ def test_files_that_a_page_names_exist(name):
     text = FENCE.sub("", PAGES[name].read_text())
     named = set(re.findall(r"`((?:tests|docs|examples|lightning_lora)/[\w./-]+)", text))
     assert [path for path in sorted(named) if not (ROOT / path.rstrip(".")).exists()] == []
-    links = re.findall(r"\]\((?!https?:)([^)#\s]+)(?:#[^)]*)?\)", text)
-    assert [link for link in links if not (PAGES[name].parent / link).exists()] == []
 
 
 @pytest.mark.parametrize(("file", "test"), NAMED, ids=lambda value: value.rpartition("/")[2])
@@ -146,6 +144,30 @@ def test_every_trap_names_a_test():
     traps = [row for row in rows if not row.startswith("| situation")]
     assert len(traps) >= 35
     assert [row for row in traps if row.count("|") != 5 or "`tests/" not in row.split("|")[4]] == []
+
+
+def rows(heading: str) -> list[str]:
+    """Rows of the table of a section of the README, without its head."""
+    section = (ROOT / "README.md").read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return [line for line in section.splitlines() if line.startswith("| ")][1:]
+
+
+def test_every_row_of_the_comparison_links_to_the_tests_or_the_script_that_hold_it():
+    compared = rows("Compared with others")
+    assert len(compared) >= 15
+    for row in compared:
+        shown = re.findall(r'\[(test|script)\]\((tests/[\w/]+\.py)(?: "(\w+)")?\)', row.split("|")[-2])
+        assert shown, row
+        for kind, path, test in shown:
+            assert test in names_in(ROOT / path) if kind == "test" else (ROOT / path).parent.name == "benchmarks", row
+
+
+def test_every_result_names_what_makes_it_again():
+    results = rows("Results")
+    assert len(results) >= 10
+    assert [
+        row for row in results if not re.search(r"`(tests/[\w/]+\.py|examples/\w+\.py|lightning-lora demo)`", row)
+    ] == []
 
 
 def test_the_api_page_has_every_public_name_and_no_other():

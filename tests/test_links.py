@@ -20,7 +20,7 @@ PAGES = {
     )
     if "_build" not in path.parts
 }
-LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"|<(https?://[^>\s]+)>")
+LINK = re.compile(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)|(?:src|href)=\"([^\"]+)\"|<(https?://[^>\s]+)>")
 CODE = re.compile(r"^(`{3,})[^\n]*\n.*?^\1$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 DEEPEST = 3  # docs/conf.py, myst_heading_anchors
 
@@ -79,6 +79,12 @@ def test_an_address_outside_the_site_is_one_that_the_site_has_too():
         link for name, path in PAGES.items() if name not in ("README.md", "CONTRIBUTING.md") for link in links(path)
     }
     assert set(OUTSIDE) - read == set()
+
+
+def test_pictures_are_small_enough_to_be_kept_in_the_repository():
+    shown = {PAGES[name].parent / link for name, link in INSIDE if link.endswith((".png", ".svg"))}
+    assert len(shown) >= 8
+    assert [path.name for path in shown if path.stat().st_size > 150_000] == []
 
 
 def test_headings_become_anchors_as_on_code_hosts(tmp_path):

@@ -1,6 +1,7 @@
 """Runs from YAML: the same as from Python, the same again from the saved file, and refused where a key is misspelt."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -357,20 +358,36 @@ def test_the_command_finds_models_in_the_current_folder_and_a_sigterm_is_no_succ
     assert said.returncode == 128 + signal.SIGTERM, said.stderr
 
 
-@pytest.mark.parametrize("recipe", ["qlora", "lora_ddp", "dora_per_layer"])
+RECIPES = {path.stem: path for path in (ROOT / "examples" / "configs").glob("*.yaml")}
+QUICK = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_recipes_parse(monkeypatch, capsys, recipe):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", f"examples/configs/{recipe}.yaml", "--print_config"])
+        main(["fit", "--config", str(RECIPES[recipe]), "--print_config"])
     assert stop.value.code == 0
-    assert yaml.safe_load(capsys.readouterr().out)["lora"]["r"] == 8
+    lora = yaml.safe_load(capsys.readouterr().out)["lora"]
+    assert (lora["method"] == "full") if recipe == "full" else (lora["r"] == 8)
 
 
-def test_the_qlora_recipe_runs(monkeypatch, capsys):
+@pytest.mark.parametrize("recipe", RECIPES.keys() - {"lora_ddp"})
+def test_a_recipe_runs_on_one_device_and_writes_nothing_in_a_trial(monkeypatch, recipe):
     monkeypatch.chdir(ROOT)
-    quick = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-    assert main(["fit", "--config", "examples/configs/qlora.yaml", *quick]) == 0
-    assert not Path("qlora_out").exists()
+    assert main(["fit", "--config", str(RECIPES[recipe]), *QUICK]) == 0
+    assert [path for path in ROOT.iterdir() if path.name.endswith("_out")] == []
+
+
+def test_the_recipe_for_two_processes_runs_as_it_stands(tmp_path):
+    """Lightning starts the second process as the first was started, so there has to be a program."""
+    program = tmp_path / "lightning-lora"
+    program.write_text("from lightning_lora.cli.main import main\n\nif __name__ == '__main__':\n    main()\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(program), "fit", "--config", str(RECIPES["lora_ddp"]), *QUICK]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in done.stderr
 
 
 def test_the_qlora_recipe_learns_a_text_of_the_users(monkeypatch, tmp_path):

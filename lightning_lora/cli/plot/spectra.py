@@ -76,8 +76,9 @@ def draw(spectra: Spectra) -> Figure:
         axes.xaxis.set_major_formatter(lambda index, _: f"{index + 1:.0f}")
     for (label, ranks), look in zip(spectra.ranks.items(), LINES, strict=False):
         grid[-1].plot(ranks.numpy(), range(len(spectra.layers)), **{**look, "linestyle": "none"}, label=label)
-    grid[-1].set(xlabel="effective rank", xlim=(0, None))
-    grid[-1].xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    most = max(values.shape[1] for values in spectra.values.values())
+    grid[-1].set(xlabel="effective rank", xlim=(0, 1.08 * most))  # a mark at full rank is whole
+    grid[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True))
     grid[-1].grid(axis="x")
     if count > 1:
         grid[-1].legend(loc="lower left", bbox_to_anchor=(0, 1), handlelength=1)
