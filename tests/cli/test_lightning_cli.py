@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
 from safetensors.torch import load_file
 
-from lightning_lora import LoRACallback, LoRACLI, NF4Config
+from lightning_lora import BAdam, GaLore, LoRACallback, LoRACLI, NF4Config
 from lightning_lora.cli.main import main
 from tests.cli.toy import Data, Scheduled, WithEvaStep
 
@@ -80,8 +80,14 @@ def assert_same_run(found, expected) -> None:
             {"r": 4, "quantization": NF4Config(block_size=128, double_quant=False)},
         ),
         ({"r": 4, "quantization": None, "optimizer": None}, {"r": 4, "quantization": None, "optimizer": None}),
+        ({"r": 4, "memory": "1GB"}, {"r": 4, "memory": "1GB"}),
+        (
+            {"method": "full", "optimizer": {"name": "galore_adamw", "rank": 3}},
+            {"method": "full", "optimizer": GaLore(rank=3)},
+        ),
+        ({"method": "full", "optimizer": {"switch_every": 2}}, {"method": "full", "optimizer": BAdam(switch_every=2)}),
     ],
-    ids=["nf4", "nf4 with settings", "dense"],
+    ids=["nf4", "nf4 with settings", "dense", "to a budget", "GaLore", "BAdam"],
 )
 def test_one_yaml_file_gives_the_run_of_python_bit_for_bit(config, tmp_path, section, arguments):
     ran = LoRACLI(args=["fit", "--config", config(lora=section)])
@@ -153,6 +159,7 @@ def test_a_run_without_a_seed_saves_the_one_it_drew(config, tmp_path):
         (["--quantization", "{block_size: 128}"], "quantization", NF4Config(block_size=128)),
         (["--quantization.block_size", "128"], "quantization", NF4Config(block_size=128)),
         (["--optimizer", "null"], "swap", None),
+        (["--memory", "24GB"], "memory", 24 * 10**9),
         (["--train", "head"], "train", ("head",)),
         (["--merge", "false"], "merge", False),
         (["--output_dir", "null"], "output_dir", None),

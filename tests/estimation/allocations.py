@@ -9,13 +9,23 @@ import torch
 from torch._C._profiler import _EventType
 
 
+def recording() -> torch.profiler.profile:
+    """Return a profiler to enter, that :func:`peak_of_record` understands."""
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+
 def peak_allocations(act: Callable[[], None]) -> int:
     """Return the most bytes that were allocated at once while ``act`` ran, beyond those from before it.
 
     Memory from before that is given back meanwhile is not noticed.
     """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with recording() as profile:
         act()
+    return peak_of_record(profile)
+
+
+def peak_of_record(profile: Any) -> int:
+    """Return the most bytes that were allocated at once while a profiler ran, beyond those from before it."""
     results = profile.profiler.kineto_results
     changes = sorted(
         (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
