@@ -7,6 +7,7 @@ from lightning_lora.callbacks.lora import LoRACallback
 from lightning_lora.callbacks.monitor import AdapterMonitor
 from lightning_lora.errors import (
     AdapterError,
+    BudgetError,
     CheckpointError,
     GradientError,
     LoadError,
@@ -56,6 +57,7 @@ __all__ = [
     "AdapterError",
     "AdapterMonitor",
     "BAdam",
+    "BudgetError",
     "CheckpointError",
     "DoRAConfig",
     "FP4Config",

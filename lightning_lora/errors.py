@@ -45,6 +45,10 @@ class GradientError(LoRAError):
     """No gradient reaches an adapter."""
 
 
+class BudgetError(LoRAError):
+    """A run does not fit into the memory it was given."""
+
+
 class UnsupportedError(LoRAError):
     """The Trainer is set up in a way this version cannot honour."""
 

@@ -13,6 +13,7 @@ NAMES = {
     "AdapterError",
     "AdapterMonitor",
     "BAdam",
+    "BudgetError",
     "CheckpointError",
     "DoRAConfig",
     "FP4Config",

@@ -19,13 +19,8 @@ from torch.utils.data import Dataset, IterableDataset
 from lightning_lora.callbacks.processes import gather
 from lightning_lora.errors import UnsupportedError
 
-_INSTEAD = (
-    "Pass a DataLoader, or start the adapters before fit: inject(module, config=LoRAConfig(init='eva', r=...)); "
-    "initialize_eva(module, batches, forward=...); with quantization, quantize(module)"
-)
 
-
-def draw(trainer: Trainer, count: int) -> Iterator[Any]:
+def draw(trainer: Trainer, count: int, *, asked: str, instead: str) -> Iterator[Any]:
     """Yield up to ``count`` training batches, on the device and through the hooks of the module and the datamodule.
 
     All processes have to iterate together; they get equally many, each from its own loader.
@@ -33,13 +28,15 @@ def draw(trainer: Trainer, count: int) -> Iterator[Any]:
     Args:
         trainer: A Trainer whose ``fit`` has begun.
         count: How many at most; one pass over the loader is the limit.
+        asked: What needs them, for people.
+        instead: What to do where there are none.
 
     Raises:
         UnsupportedError: If the loader can be passed once only, or not be copied.
     """
     # Lightning says in no public place what was passed to fit, before it has made iterators of it.
     loader = trainer.fit_loop._data_source.dataloader()
-    for batch, *_ in _together(islice(_own(loader), count)):
+    for batch, *_ in _together(islice(_own(loader, asked, instead), count)):
         yield _moved(trainer, batch)
 
 
@@ -68,14 +65,14 @@ def _together(items: Iterator[Any]) -> Iterator[Any]:
         yield item
 
 
-def _own(loader: Any) -> CombinedLoader:
+def _own(loader: Any, asked: str, instead: str) -> CombinedLoader:
     combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
     memo: dict[int, Any] = {id(combined._iterator): None}
     for part in combined.flattened:
         if isinstance(part, Iterator):
             raise UnsupportedError(
-                f"init='eva' reads a few batches before training, and the training loader is a {type(part).__name__} "
-                f"that gives each batch once: training would miss them. {_INSTEAD}"
+                f"{asked} reads a few batches before training, and the training loader is a {type(part).__name__} "
+                f"that gives each batch once: training would miss them. {instead}"
             )
         if isinstance(part, list | tuple):
             memo[id(part)] = part
@@ -84,8 +81,8 @@ def _own(loader: Any) -> CombinedLoader:
         return copy.deepcopy(combined, memo)
     except TypeError as error:
         raise UnsupportedError(
-            f"init='eva' reads a few batches before training from a copy of the training loader, which cannot be "
-            f"copied: {error}. {_INSTEAD}"
+            f"{asked} reads a few batches before training from a copy of the training loader, which cannot be "
+            f"copied: {error}. {instead}"
         ) from error
 
 

@@ -6,7 +6,6 @@ copy, and nothing of it is left.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -18,15 +17,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_lora.callbacks.averaging import averagers
 from lightning_lora.callbacks.drawing import draw, is_as_it_will_be
 from lightning_lora.callbacks.processes import gather, world_size
+from lightning_lora.callbacks.replica import silent_copy
 from lightning_lora.errors import CheckpointError, UnsupportedError
 from lightning_lora.io.description import KEY
 from lightning_lora.io.keys import canonical
@@ -34,8 +32,12 @@ from lightning_lora.model.eva import directions
 from lightning_lora.model.inject import apply
 from lightning_lora.model.targets import Plan
 from lightning_lora.nn.adapter import AdapterConfig
-from lightning_lora.nn.base import QuantizedLinear
 from lightning_lora.nn.lora import LoRAConfig
+
+_BY_HAND = (
+    "inject(module, config=LoRAConfig(init='eva', r=...)); initialize_eva(module, "
+    "batches, forward=...); with quantization, quantize(module)"
+)
 
 
 @runtime_checkable
@@ -92,7 +94,12 @@ def from_loader(trainer: Trainer, count: int, module: LightningModule, plan: Pla
     with isolate_rng(), _unlogged(trainer), _replica(module, trainer, plan) as replica:
         found = directions(
             replica,
-            draw(trainer, count),
+            draw(
+                trainer,
+                count,
+                asked="init='eva'",
+                instead=f"Pass a DataLoader, or start the adapters before fit: {_BY_HAND}",
+            ),
             forward=partial(_step, trainer),
             agree=lambda settled: all(gather(settled)),
         )
@@ -142,40 +149,12 @@ def _replica(module: LightningModule, trainer: Trainer, plan: Plan) -> Iterator[
     """A copy with adapters, which shares the weights and is silent."""
     trained = {parameter: parameter.requires_grad for parameter in module.parameters()}
     try:
-        replica = _uncompiled(_copied(module, trainer))
-        replica.trainer = trainer
-        for child in replica.modules():
-            if isinstance(child, LightningModule):
-                child.log = child.log_dict = _nothing  # type: ignore[method-assign]
+        replica = silent_copy(module, trainer, asked="init='eva'", instead=f"Start the adapters before fit: {_BY_HAND}")
         apply(replica, plan, start=False)
         yield replica
     finally:
         for parameter, mode in trained.items():
             parameter.requires_grad_(mode)
-
-
-def _copied(module: LightningModule, trainer: Trainer) -> LightningModule:
-    shared = [trainer, *module.parameters()]
-    for child in module.modules():
-        shared += child.buffers() if isinstance(child, QuantizedLinear) else ()
-        shared += [value for value in vars(child).values() if isinstance(value, Dataset | DataLoader)]
-    try:
-        return copy.deepcopy(module, {id(item): item for item in shared})
-    except (TypeError, RuntimeError) as error:
-        raise UnsupportedError(
-            f"init='eva' runs training batches through a copy of the module, and {type(module).__name__} cannot be "
-            f"copied: {error}. Start the adapters before fit: inject(module, config=LoRAConfig(init='eva', r=...)); "
-            "initialize_eva(module, batches, forward=...); with quantization, quantize(module)"
-        ) from error
-
-
-def _uncompiled(replica: LightningModule) -> LightningModule:
-    """The compiled functions are those of the module it was copied from."""
-    return replica if replica._compiler_ctx is None else to_uncompiled(replica)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
 
 
 @contextmanager

@@ -7,6 +7,7 @@ and in the files beside this one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +29,7 @@ from lightning_lora.callbacks.finetune import FINETUNES, FineTune
 from lightning_lora.callbacks.from_data import check_trainer_for_data, from_checkpoint, from_loader
 from lightning_lora.callbacks.gradients import check_gradients, check_loss
 from lightning_lora.callbacks.interruption import keep_interrupted_run
+from lightning_lora.callbacks.planning import PLANNED, Asked, blocks_to_recompute, plan
 from lightning_lora.callbacks.processes import require_sharded, spare_quantized_buffers
 from lightning_lora.callbacks.progress import validation_follows
 from lightning_lora.callbacks.resume import Resumption, process_states, restore_random_state, tell_what_is_not_restored
@@ -46,6 +48,8 @@ from lightning_lora.callbacks.settings import (
 from lightning_lora.callbacks.sharded import full_state, load_sharded
 from lightning_lora.callbacks.wraps import Undo, substitute, wrap
 from lightning_lora.errors import AdapterError, OptimizerError, listing
+from lightning_lora.estimation.budget import parse_size
+from lightning_lora.estimation.setup import Setup
 from lightning_lora.io.adapter_folder import check_savable, save_adapter
 from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.export import write_model
@@ -105,10 +109,13 @@ class LoRACallback(CopiedAsSet):
         adapter: Folder of a saved adapter to start from. Its rank, scaling and targets are used.
         activation_checkpointing: Names or globs of modules (``"layers"``) whose activations are recomputed in the
             backward pass instead of kept; ``"auto"`` recomputes the repeated blocks of a model on a GPU if they would
-            not fit; None keeps all.
+            not fit; ``"planned"`` what ``memory`` asks for, and without it none; None keeps all.
         eva_batches: How many training batches ``init="eva"`` runs at most; fewer, once its directions have settled.
         on_save_error: What to do when a checkpoint cannot be written (a full disk): ``"raise"``, or ``"warn"`` and go
             on training; the last good checkpoint stays in either case.
+        memory: What a device has, such as ``"24GB"``: before training, a step of the first batch is estimated, and how
+            the base is stored (``quantization="auto"``) and whether blocks are recomputed (``"planned"``, ``"auto"``)
+            are chosen so that it fits. If nothing does, ``BudgetError`` says what would. See docs/guides/memory.md.
 
     Raises:
         ValueError: If a value is none of the choices, or of no use for the method.
@@ -135,9 +142,10 @@ class LoRACallback(CopiedAsSet):
         merge: bool = True,
         output_dir: str | Path | None = None,
         adapter: str | Path | None = None,
-        activation_checkpointing: str | Iterable[str] | None = None,
+        activation_checkpointing: str | Iterable[str] | None = PLANNED,
         eva_batches: int = EVA_BATCHES,
         on_save_error: str = "raise",
+        memory: str | None = None,
     ) -> None:
         super().__init__()
         check_choice("on_save_error", on_save_error, ON_SAVE_ERROR)
@@ -166,6 +174,15 @@ class LoRACallback(CopiedAsSet):
             else tuple(activation_checkpointing)
         )
         self.on_save_error = on_save_error
+        self.memory = None if memory is None else parse_size(memory)
+        self._asked = Asked(
+            settings=self.settings, checkpointing=self.activation_checkpointing, any_storage=quantization == "auto"
+        )
+        if memory is not None and adapter is not None:
+            raise ValueError(
+                f"memory={memory!r} plans adapters that are to be made, and adapter={str(adapter)!r} brings its own. "
+                "Drop memory=, and set quantization= and activation_checkpointing="
+            )
         self._begin()
 
     def _begin(self) -> None:
@@ -174,6 +191,13 @@ class LoRACallback(CopiedAsSet):
         self._checked: set[int] = set()
         self._accumulating = False
         self._resumption: Resumption | None = None
+
+    def as_setup(self) -> Setup:
+        """Return what of the arguments decides how much memory a run takes: ``estimate(model, batch, callback)``.
+
+        Precision and device are the Trainer's: here those of a :class:`Setup` that nothing is said of.
+        """
+        return self._asked.setup(self.swap)
 
     # The run, in the order Lightning calls it
 
@@ -212,7 +236,7 @@ class LoRACallback(CopiedAsSet):
         """Switch the adapters to training mode, whatever mode the base was brought in: their dropout was asked for."""
         for layer in adapted_layers(pl_module).values():
             layer.adapters.train()
-        if self.activation_checkpointing is not None:
+        if self.activation_checkpointing not in (None, PLANNED):
             device = trainer.strategy.root_device
             self._undo += checkpoint_blocks(pl_module, self.activation_checkpointing, device)
 
@@ -335,12 +359,23 @@ class LoRACallback(CopiedAsSet):
 
     def _after_configure_model(self, trainer: Trainer, module: LightningModule) -> None:
         self._undo.pop()()
+        if self.memory is not None:
+            self._plan(trainer, module, self.memory)
         if not waits_for_data(module, self.settings):
             self._adapt(trainer, module)
             return
         # Ranks come from a checkpoint, which is loaded next, or from batches: before the strategy makes optimizers.
         check_trainer_for_data(trainer, module)
         self._undo.append(wrap(trainer.strategy, "setup", before=lambda *_: self._before_strategy(trainer, module)))
+
+    def _plan(self, trainer: Trainer, module: LightningModule, budget: int) -> None:
+        """Set what was left open so that the run fits; once for each module."""
+        if trainer.state.fn != "fit" or module in FINETUNES or adapted_layers(module):
+            return
+        asked = self._asked
+        setup = plan(trainer, module, asked.setup(self.swap, trainer), budget, asked)
+        self.settings = asked.settings if not asked.any_storage else replace(asked.settings, quantization=setup.storage)
+        self.activation_checkpointing = blocks_to_recompute(module, setup)
 
     def _before_strategy(self, trainer: Trainer, module: LightningModule) -> None:
         if waits_for_data(module, self.settings):

@@ -113,7 +113,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _part(name: str, tensor: Tensor) -> Part:
-    return Part({name: tensor.to("meta")}, lambda: {name: tensor})
+    return Part({name: tensor.to("meta")}, lambda: [(name, tensor)])
 
 
 def _beside(model: nn.Module, folder: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:

@@ -313,7 +313,7 @@ def test_the_learning_rate_finder_searches_with_one_start(fit, monkeypatch):
 
     drawn = []
     real = from_data.draw
-    monkeypatch.setattr(from_data, "draw", lambda *a: drawn.append(a) or real(*a))
+    monkeypatch.setattr(from_data, "draw", lambda *a, **k: drawn.append(a) or real(*a, **k))
 
     class Rated(Module):
         lr = 1e-3

@@ -14,9 +14,9 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
 from safetensors.torch import load_file
 
-from lightning_lora import LoRACallback, LoRACLI, NF4Config
+from lightning_lora import BAdam, GaLore, LoRACallback, LoRACLI, NF4Config
 from lightning_lora.cli.main import main
-from tests.cli.toy import Data, Scheduled, WithEvaStep
+from tests.cli.toy import Data, Scheduled, WithSteps
 
 ROOT = Path(__file__).parents[2]
 QUIET = {
@@ -81,8 +81,13 @@ def assert_same_run(found, expected) -> None:
             {"r": 4, "quantization": NF4Config(block_size=128, double_quant=False)},
         ),
         ({"r": 4, "quantization": None, "optimizer": None}, {"r": 4, "quantization": None, "optimizer": None}),
+        (
+            {"method": "full", "optimizer": {"name": "galore_adamw", "rank": 3}},
+            {"method": "full", "optimizer": GaLore(rank=3)},
+        ),
+        ({"method": "full", "optimizer": {"switch_every": 2}}, {"method": "full", "optimizer": BAdam(switch_every=2)}),
     ],
-    ids=["nf4", "nf4 with settings", "dense"],
+    ids=["nf4", "nf4 with settings", "dense", "GaLore", "BAdam"],
 )
 def test_one_yaml_file_gives_the_run_of_python_bit_for_bit(config, tmp_path, section, arguments):
     ran = LoRACLI(args=["fit", "--config", config(lora=section)])
@@ -94,11 +99,13 @@ def test_one_yaml_file_gives_the_run_of_python_bit_for_bit(config, tmp_path, sec
     assert_same_run(ran.model, module)
 
 
-def test_adapters_that_start_from_data_are_named_in_yaml(config, tmp_path):
-    section = {"r": 4, "init": "eva", "eva_batches": 3}
-    ran = LoRACLI(args=["fit", "--config", config(lora=section, model={"class_path": "tests.cli.toy.WithEvaStep"})])
+@pytest.mark.parametrize(
+    "section", [{"r": 4, "init": "eva", "eva_batches": 3}, {"r": 4, "memory": "1GB"}], ids=["EVA", "a budget"]
+)
+def test_what_a_run_makes_of_its_first_batches_is_named_in_yaml(config, tmp_path, section):
+    ran = LoRACLI(args=["fit", "--config", config(lora=section, model={"class_path": "tests.cli.toy.WithSteps"})])
     seed_everything(7, workers=True)
-    module = WithEvaStep()
+    module = WithSteps()
     trainer = Trainer(callbacks=[LoRACallback(**section)], default_root_dir=tmp_path / "python", **QUIET)
     trainer.fit(module, Data())
     assert_same_run(ran.model, module)
@@ -154,6 +161,7 @@ def test_a_run_without_a_seed_saves_the_one_it_drew(config, tmp_path):
         (["--quantization", "{block_size: 128}"], "quantization", NF4Config(block_size=128)),
         (["--quantization.block_size", "128"], "quantization", NF4Config(block_size=128)),
         (["--optimizer", "null"], "swap", None),
+        (["--memory", "24GB"], "memory", 24 * 10**9),
         (["--train", "head"], "train", ("head",)),
         (["--merge", "false"], "merge", False),
         (["--output_dir", "null"], "output_dir", None),

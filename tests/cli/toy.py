@@ -47,11 +47,14 @@ class Scheduled(Toy):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)]
 
 
-class WithEvaStep(Scheduled):
-    """The same with a step for before there are optimizers, whose rates ``training_step`` keeps."""
+class WithSteps(Scheduled):
+    """The same with steps for before there are optimizers, whose rates ``training_step`` keeps."""
 
     def eva_step(self, batch):
         return self.net(batch[0])
+
+    def memory_step(self, batch):
+        return (self.net(batch[0]) - batch[1][:, None]).square().mean()
 
 
 class Injected(Toy):

@@ -18,13 +18,23 @@ class Allocations:
     kept: int
 
 
+def recording() -> torch.profiler.profile:
+    """Return a profiler to enter, that :func:`of_record` understands."""
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+
 def allocations(act: Callable[[], object]) -> Allocations:
     """Return what was allocated while ``act`` ran.
 
     Memory from before that is given back meanwhile is not noticed.
     """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with recording() as profile:
         act()
+    return of_record(profile)
+
+
+def of_record(profile: Any) -> Allocations:
+    """Return what was allocated while a profiler ran."""
     results = profile.profiler.kineto_results
     changes = sorted(
         (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
