@@ -18,7 +18,6 @@ from lightning_lora.io.keys import canonical
 from lightning_lora.io.quantized_header import QuantizedHeader, StoredLayer
 from lightning_lora.io.shards import MODEL, QUANTIZED, Part, write_shards
 from lightning_lora.model.layers import adapted_layers
-from lightning_lora.model.parameters import trained_along
 from lightning_lora.nn.base import adopter_of
 from lightning_lora.nn.fingerprint import DENSE, Fingerprint, is_held, sha256
 from lightning_lora.quantization.formats import FrozenLayer
@@ -43,8 +42,8 @@ def save_quantized(model: nn.Module, path: str | PathLike[str], *, max_shard_siz
         The folder.
 
     Raises:
-        QuantizationError: If nothing in the model is quantized, or by bitsandbytes' own layers; if it has adapters, or
-            was trained; if a tensor has no values.
+        QuantizationError: If nothing in the model is quantized, or by bitsandbytes' own layers; if it has adapters;
+            if a tensor has no values.
         OSError: If there is no room; what was in the folder before is untouched.
     """
     folder = Path(path)
@@ -67,14 +66,12 @@ def save_quantized(model: nn.Module, path: str | PathLike[str], *, max_shard_siz
 
 def _quantized(model: nn.Module) -> dict[str, FrozenLayer]:
     """The quantized layers by the names that files have."""
-    adapted, trained = adapted_layers(model), trained_along(model)
+    adapted = adapted_layers(model)
     if adapted:
         raise QuantizationError(
             f"{listing(adapted)} holds adapters, which are no part of a base: save_adapter(model, ...) writes them. "
             "Save the base before inject(model, ...), or after delete_adapter(model, name)"
         )
-    if trained:
-        raise QuantizationError(f"{listing(trained)} was trained along with an adapter, so this is no base any more")
     foreign = [name for name, module in model.named_modules() if adopter_of(module) is not None]
     if foreign:
         raise QuantizationError(

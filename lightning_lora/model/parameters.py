@@ -56,11 +56,6 @@ def trained_modules(model: nn.Module, name: str = "default") -> list[str]:
     return [path for path, module in model.named_modules() if path and name in vars(module).get(_TRAINED_WITH, ())]
 
 
-def trained_along(model: nn.Module) -> list[str]:
-    """Names of the modules that were trained whole along with an adapter, whichever it was and whether it is merged."""
-    return [path for path, module in model.named_modules() if vars(module).get(_TRAINED_WITH)]
-
-
 def mark_trained(module: nn.Module, name: str) -> None:
     """Note on a module that it is trained whole along with adapter ``name``, so that it is saved along.
 
