@@ -144,7 +144,15 @@ def _inject(module: LightningModule, settings: Settings, device: torch.device, s
         _tell("not quantized", check_quantizable(adapted_layers(module), settings.quantization, where))
         quantize(module, settings.quantization, device=where)
         require_equal_bases(_taken_off(module))
+    _tell("in few bits without an adapter, which no merged export can hold", _unadapted(module))
     return owners
+
+
+def _unadapted(module: nn.Module) -> dict[str, str]:
+    """The layers that were quantized when they were loaded and have no adapter now, with how they are stored."""
+    under = {layer.base_layer for layer in adapted_layers(module).values()}
+    named = module.named_modules()
+    return {name: m.storage for name, m in named if isinstance(m, QuantizedLinear) and m not in under}
 
 
 def _check_stored(module: nn.Module, config: QuantizationConfig | None) -> None:

@@ -20,6 +20,7 @@ from lightning_lora.nn.fingerprint import fingerprints
 from lightning_lora.quantization.config import NF4Config, QuantizationConfig
 from lightning_lora.quantization.expected_error import lossy
 from lightning_lora.quantization.formats import FrozenLayer, linear_class, quantized_linear
+from lightning_lora.quantization.frozen_linear import FrozenLinear
 from lightning_lora.quantization.pack import pack, require_finite
 
 _DEFAULT = NF4Config()
@@ -37,8 +38,8 @@ def quantize(
 
     Everything is checked before the first layer is touched. Layers are quantized one at a time, each original being
     freed before the next, so the extra memory is at most that of the largest layer (on the CPU at least some 15 MiB,
-    which is what packing a piece of a layer takes there). A layer that is quantized already stays as
-    it is, and so does one that :func:`check_quantizable` names.
+    which is what packing a piece of a layer takes there). A layer that is quantized already is
+    not quantized again, and one that :func:`check_quantizable` names stays as it is.
 
     Under an adapter that starts in the weight (PiSSA, OLoRA, LoftQ) what is quantized is the weight without that start,
     ``Q = quantized(W - s B0 A0)``, where that brings ``deq(Q) + s B A`` nearer to ``W`` than plain quantization; it
@@ -75,12 +76,14 @@ def quantize(
         layer.base_layer = quantized = _quantized(layer, base if device is None else base.to(device), config)
         if name in origins:  # the dense weight is gone from here on, and files tell by it which base they belong to
             quantized.remember(origins[name])
-        if hold == "parameters":
-            quantized.hold_as_parameters()
         if device is not None:
             layer.adapters.to(device)
         for name in layer.adapters:
             layer.adapter(name).rebase(base, quantized)
+    if hold == "parameters":  # those that were packed when they were loaded too
+        for layer in layers.values():
+            if isinstance(layer.base_layer, FrozenLinear):
+                layer.base_layer.hold_as_parameters()
     return model
 
 

@@ -88,6 +88,12 @@ def test_the_run_is_that_over_a_base_quantized_by_the_callback(quantization, mod
     assert one["base_fingerprint"] == other["base_fingerprint"]
 
 
+def test_a_layer_that_was_packed_and_is_not_adapted_is_named(folder, trainer, caplog):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        run(trainer, Loading(str(folder)), targets="*_proj")
+    assert "without an adapter, which no merged export can hold: net.downs.0 (nf4/64 double-quantized)" in caplog.text
+
+
 def test_nothing_is_quantized_twice(folder, trainer, monkeypatch):
     packed = []
     monkeypatch.setattr("lightning_lora.loading.pieces.pack", lambda *given: packed.append(given) or pack(*given))
@@ -138,7 +144,12 @@ def test_another_storage_than_the_base_has_is_refused(asked, said, folder, train
 def test_a_run_from_yaml_loads_its_base(module, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setattr(sys, "path", list(sys.path))
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "default_root_dir": str(tmp_path),
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     content = {
         "seed_everything": 7,
         "lora": {"r": 4, "merge": False},

@@ -234,6 +234,14 @@ def test_adapters_train_over_it_and_merge(net, tmp_path, tokens):
     assert torch.allclose(found(tokens), adapted, atol=1e-5)  # float32, values near 1: another order of summation
 
 
+def test_packed_layers_become_parameters_for_fsdp2_whoever_packed_them(net, tmp_path):
+    found = inject(load_base(hollow(), written(tmp_path, net.state_dict()), targets="downs.*"), config=LoRAConfig(r=2))
+    expected = {
+        name for name, _ in ll.quantize(inject(net, config=LoRAConfig(r=2)), hold="parameters").named_parameters()
+    }
+    assert {name for name, _ in ll.quantize(found, hold="parameters").named_parameters()} == expected
+
+
 def test_a_layer_the_format_cannot_hold_stays_dense_and_is_named(tmp_path, caplog):
     def odd() -> nn.Module:
         return nn.Sequential(nn.Linear(7, 8), nn.Linear(8, 8), nn.Linear(8, 2))
