@@ -1,8 +1,8 @@
 """The merged export over NF4: extra memory at its peak, and time against ``safetensors.save_file`` of the same bytes.
 
 Eight blocks of Llama's shape with d = 2048 (four layers of 2048 x 2048, three of 2048 x 5632), 1.6 GB in float32. The
-memory is that of a process of its own. For the time, both ways of writing take turns in one process, each into an
-empty folder after ``sync``, and both end with ``fsync``: the page cache is in the same state for both.
+memory is that of a process of its own. For the time, both ways of writing take turns in one process, each right after
+a file of the same bytes was written and deleted, and both end with ``fsync``: the page cache is in the same state.
 
     python tests/benchmarks/export.py [--repeats 7]
 """
@@ -33,12 +33,14 @@ from lightning_lora.nn.base import weight_dtype
 
 WIDTH, INNER, BLOCKS = 2048, 5632, 8
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # freed memory goes back at once, and what is resident is in use
-WARM_UP = 2
-"""Rounds not counted: in them the kernel gets the memory for the page cache, which it then uses over again."""
+WARM_UP = 1
+"""Rounds not counted."""
 NOTE = """*Extra* is the peak of the resident memory during an export less what was resident before it; freed memory is
 given back at once (`MALLOC_MMAP_THRESHOLD_`), else what glibc keeps would count. Times are medians of rounds in which
-all take turns, and *ratio* is the median of the ratios within a round. Each writes to an empty folder, in the same file
-system, after `sync`; the export ends with `fsync`, as it always does, and so does what it is compared with. `save_file`
+all take turns, and *ratio* is the median of the ratios within a round. Each writes to an empty folder right after a
+file of the same bytes was written there, synced and deleted: the page cache has memory for all of them alike (where a
+virtual machine has to get it from its host first, both take longer by as much, and the ratio falls). The export ends with `fsync`,
+as it always does, and so does what it is compared with. `save_file`
 is given tensors that are merged already. *Of it merging* is what dequantizing, merging and rounding take where nothing
 is written; beside that the export writes in a second thread, checks what it computed for NaN and infinity, and reads
 headers and a sample again, which it merges a second time to compare."""
@@ -89,21 +91,25 @@ def times(dtype: torch.dtype, repeats: int) -> dict[str, list[float]]:
     """Seconds of each step in each round."""
     made = model(dtype)
     state = merge(copy.deepcopy(made)).state_dict()
-    steps = {"merge": lambda _: merged_only(made), "export": lambda folder: export_merged(made, folder)}
-    found: dict[str, list[float]] = {name: [] for name in (*steps, "save_file", "fsync")}
+    steps: dict[str, Callable[[str], object]] = {
+        "merge": lambda _: merged_only(made),
+        "export": lambda folder: export_merged(made, folder),
+    }
+    steps["save_file"] = lambda folder: save_file(state, f"{folder}/model.safetensors")
+    steps["fsync"] = lambda folder: saved(state, folder)
+    found: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(-WARM_UP, repeats):
-        taken = {name: in_empty_folder(step) for name, step in steps.items()}
-        written = in_empty_folder(lambda folder: save_file(state, f"{folder}/model.safetensors"))
-        with_fsync = in_empty_folder(lambda folder: saved(state, folder))
-        taken |= {"save_file": written, "fsync": with_fsync}
-        for name, seconds in taken.items():
-            found[name] += [seconds] * (round_ >= 0)
+        for name, step in steps.items():
+            found[name] += [timed(step, state)] * (round_ >= 0)
     return found
 
 
-def in_empty_folder(step: Callable[[str], object]) -> float:
+def timed(step: Callable[[str], object], state: dict[str, torch.Tensor]) -> float:
+    """Seconds of a step in an empty folder, right after a file of the same bytes was written, synced and deleted."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
+        saved(state, folder)
         os.sync()
+    with tempfile.TemporaryDirectory(dir=".") as folder:
         began = time.perf_counter()
         step(folder)
         return time.perf_counter() - began
