@@ -1,23 +1,33 @@
-"""Writing in a second thread while the next thing to write is made; files and computations let go of Python's lock."""
+"""Writing in a second thread while the next thing to write is made; files and computations let go of Python's lock.
+
+On Linux the disk is set to work as data comes, so that little is left for the ``fsync`` at the end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import RawIOBase
 from types import TracebackType
 
 from typing_extensions import Self
 
+_WAITING = 2**25
+_FLUSHED = 2**25
+
 
 class WriteBehind:
-    """One thread that writes, within a ``with`` block. Nothing queues up: memory is that of two things, never of three.
+    """One thread that writes, within a ``with`` block, while little is waiting: 32 MB, or one thing that is larger.
 
     What is raised in the thread is raised again by the next :meth:`put`, :meth:`wait` or the end of the block.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lightning_lora-writes")
-        self._writing: Future[None] | None = None
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+        self._unflushed = 0
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -27,17 +37,30 @@ class WriteBehind:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Wait until all is written; what was raised in the block goes before what was raised in the thread."""
-        self._thread.shutdown()
+        self._thread.shutdown(cancel_futures=error is not None)
         if error is None:
             self.wait()
 
-    def put(self, write: Callable[[], None]) -> None:
-        """Let the thread call ``write`` once it has done what was put before, and wait for that."""
-        self.wait()
-        self._writing = self._thread.submit(write)
+    def put(self, file: RawIOBase, offset: int, data: memoryview) -> None:
+        """Let the thread write ``data`` at ``offset``, and wait until there is room for it."""
+        while self._waiting and sum(size for _, size in self._waiting) + len(data) > _WAITING:
+            self._wait_for_one()
+        self._waiting.append((self._thread.submit(self._write, file, offset, data), len(data)))
 
     def wait(self) -> None:
         """Return once all that was put is written."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        while self._waiting:
+            self._wait_for_one()
+
+    def _wait_for_one(self) -> None:
+        self._waiting.popleft()[0].result()
+
+    def _write(self, file: RawIOBase, offset: int, data: memoryview) -> None:
+        self._unflushed += len(data)
+        file.seek(offset)
+        while data:  # one call writes 2 GiB at most
+            data = data[file.write(data) :]
+        if self._unflushed >= _FLUSHED and sys.platform == "linux":
+            # Starts to write what is not on disk yet, without waiting as fsync would, and drops only what is.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._unflushed = 0

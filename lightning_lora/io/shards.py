@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from io import RawIOBase
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
@@ -201,17 +201,17 @@ def _write(file: Path, parts: Iterable[Part], metadata: Mapping[str, str], behin
     data += b" " * (-len(data) % 8)
     places = {name: 8 + len(data) + begin for name, begin in begins.items()}
     with file.open("r+b", buffering=0) as opened:
-        behind.put(partial(_put, opened, 0, memoryview(len(data).to_bytes(8, "little") + data)))
+        behind.put(opened, 0, memoryview(len(data).to_bytes(8, "little") + data))
         for part in parts:
             _write_part(opened, part, places, behind)
         behind.wait()
     return places
 
 
-def _write_part(file: Any, part: Part, places: Mapping[str, int], behind: WriteBehind) -> None:
+def _write_part(file: RawIOBase, part: Part, places: Mapping[str, int], behind: WriteBehind) -> None:
     """Make a part and have it written. In a function of its own, so that the thread alone holds it from then on."""
     for place, data in _placed(part, places):
-        behind.put(partial(_put, file, place, data))
+        behind.put(file, place, data)
 
 
 def _placed(part: Part, places: Mapping[str, int]) -> Iterator[tuple[int, memoryview]]:
@@ -227,12 +227,6 @@ def _placed(part: Part, places: Mapping[str, int]) -> Iterator[tuple[int, memory
         yield at[name], _memory(tensor)
         at[name] += _size(tensor)
     assert all(at[name] == places[name] + _size(tensor) for name, tensor in part.outline.items()), at
-
-
-def _put(file: Any, offset: int, data: memoryview) -> None:
-    file.seek(offset)
-    while data:  # one call writes 2 GiB at most
-        data = data[file.write(data) :]
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -264,7 +258,7 @@ def _is_at(path: Path, offset: int, data: memoryview) -> bool:
 
 
 def _read(file: Any, expected: memoryview) -> bool:
-    return bool(file.read(len(expected)) == expected)
+    return bool(file.read(len(expected)) == bytes(expected))  # as bytes: views are compared element by element
 
 
 def _require_room(folder: Path, size: int) -> None:

@@ -9,6 +9,7 @@ must succeed and sweep what a kill has left.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import re
 import shutil
@@ -39,11 +40,13 @@ class Fault:
         call: Name of the system call.
         number: At the how many-th of them.
         what: ``"SIGKILL"`` or ``"ENOSPC"``.
+        behind: Whether the call is one of the thread that writes, which strace counts for itself.
     """
 
     call: str
     number: int
     what: str
+    behind: bool = False
 
     @property
     def option(self) -> str:
@@ -60,25 +63,28 @@ def why_not() -> str | None:
     return None if probe.returncode == 0 else f"strace may not trace here: {probe.stderr.strip()[:200]}"
 
 
-def calls_of(layout: Layout) -> Counter[str]:
-    """How many of each call one save makes."""
+def calls_of(layout: Layout) -> Counter[tuple[str, bool]]:
+    """How many of each call one save makes, in the thread that saves and in the one that writes for it."""
     with tempfile.TemporaryDirectory() as place:
         layout.write(Path(place), 0)
         log = Path(place) / "strace.log"
         status = _saved(
-            layout, Path(place), ["-e", f"trace={','.join(f'?{call}' for call in KILLED_AT)}", "-o", str(log)]
+            layout, Path(place), ["-f", "-e", f"trace={','.join(f'?{call}' for call in KILLED_AT)}", "-o", str(log)]
         )
         assert status == DONE, status
-        return Counter(re.findall(r"^(\w+)\(", log.read_text(), re.MULTILINE))
+        found = re.findall(r"^(\d+) +(\w+)\(", log.read_text(), re.MULTILINE)
+        saving = next(thread for thread, call in found if call != "write")  # creates the files before any is written
+        assert len({thread for thread, _ in found}) <= 2, found
+        return Counter((call, thread != saving) for thread, call in found)
 
 
-def faults(calls: Counter[str]) -> Iterator[Fault]:
+def faults(calls: Counter[tuple[str, bool]]) -> Iterator[Fault]:
     """Every fault that a save can meet."""
-    for call in KILLED_AT:
-        for number in range(1, calls[call] + 1):
-            yield Fault(call, number, "SIGKILL")
+    for call, behind in itertools.product(KILLED_AT, (False, True)):
+        for number in range(1, calls[call, behind] + 1):
+            yield Fault(call, number, "SIGKILL", behind)
             if call in WRITING:
-                yield Fault(call, number, "ENOSPC")
+                yield Fault(call, number, "ENOSPC", behind)
 
 
 def trial(layout: Layout, fault: Fault) -> str:
@@ -86,7 +92,8 @@ def trial(layout: Layout, fault: Fault) -> str:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         layout.write(folder, 0)
-        status = _saved(layout, folder, ["-e", f"trace={fault.call}", "-e", fault.option, "-o", os.devnull])
+        follow = ["-f"] * fault.behind  # else strace stays with the thread it is attached to
+        status = _saved(layout, folder, [*follow, "-e", f"trace={fault.call}", "-e", fault.option, "-o", os.devnull])
         if status not in (DONE, REFUSED, -signal.SIGKILL):
             return f"WRONG END {status}"
         try:
