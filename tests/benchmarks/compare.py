@@ -60,6 +60,10 @@ class Plan:
     handlings: Sequence[tuple[Handling, Workload, Setting]]
     claims: Callable[[Document], list[Claim]]
 
+    def names(self) -> list[str]:
+        """What tables are called."""
+        return [*map(str, self.scenarios), *(of_handling(w, setting, type(h)) for h, w, setting in self.handlings)]
+
 
 def planned(device: str, *, rehearse: bool, layers: int | None) -> Plan:
     """Return the plan of a device, at the sizes of a toy if it is rehearsed."""
@@ -173,7 +177,7 @@ def main(words: Sequence[str] | None = None) -> None:
     gc.freeze()  # what was imported is no garbage, and there is a lot of it to look through
     warnings.simplefilter("ignore")  # the peers' own, which are not about what is measured
     plan = planned(given.device, rehearse=given.rehearse, layers=given.layers)
-    names = [str(its) for its in plan.scenarios] + [of_handling(w, s, type(h)) for h, w, s in plan.handlings]
+    names = plan.names()
     if given.list:
         print("\n".join(names))
         return
