@@ -43,12 +43,13 @@ from peers.workload import Workload
 from report import Claim, Report, environment, parser
 
 OPTIONAL = ("torchtune", "torchao", "triton")
-NOTE = """A ratio is the median over the rounds of two contenders' times in the same round. *forward + backward* starts
-without gradients. *8-bit AdamW* is paged: of this library over all adapters at once, of the others bitsandbytes' tensor
-by tensor; *fused AdamW* is torch's. *tokens/s* is of a whole step with the former. *peak* is the model's own bytes and
-the most that a forward and backward pass allocates beyond them; moments of optimizers are not in it. *saved* is what is
-still allocated after the forward pass. *loss off* and *gradient norm off* are relative to PEFT's default. The floor is
-dense in bf16, whatever the others store."""
+NOTE = """A ratio is the median over the rounds of two contenders' times in the same round; *x floor* of PEFT's default
+is the most that *PEFT default / this* could be. *forward + backward* starts without gradients. *8-bit AdamW* is paged: of
+this library over all adapters at once, of the others bitsandbytes' tensor by tensor; *fused AdamW* is torch's.
+*tokens/s* is of a whole step with the former. *peak* is the model's own bytes and the most that a forward and backward
+pass allocates beyond them; moments of optimizers are not in it. *saved* is what is still allocated after the forward
+pass. *loss off* and *gradient norm off* are relative to PEFT's default. The floor is dense in bf16, whatever the others
+store."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class Plan:
     scenarios: Sequence[Scenario]
     handlings: Sequence[tuple[Handling, Workload, Setting]]
     claims: Callable[[Document], list[Claim]]
+
+    def names(self) -> list[str]:
+        """What tables are called."""
+        return [*map(str, self.scenarios), *(of_handling(w, setting, type(h)) for h, w, setting in self.handlings)]
 
 
 def planned(device: str, *, rehearse: bool, layers: int | None) -> Plan:
@@ -173,7 +178,7 @@ def main(words: Sequence[str] | None = None) -> None:
     gc.freeze()  # what was imported is no garbage, and there is a lot of it to look through
     warnings.simplefilter("ignore")  # the peers' own, which are not about what is measured
     plan = planned(given.device, rehearse=given.rehearse, layers=given.layers)
-    names = [str(its) for its in plan.scenarios] + [of_handling(w, s, type(h)) for h, w, s in plan.handlings]
+    names = plan.names()
     if given.list:
         print("\n".join(names))
         return

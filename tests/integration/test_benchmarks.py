@@ -13,8 +13,10 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 RUN = """
 import json, sys
+from fnmatch import fnmatchcase
 import torch
 import compare
+from gpu import PARTS
 from lightning_lora import LoRAConfig, inject
 from peers import steps
 from peers.by_peft import Peft
@@ -42,7 +44,11 @@ class Wrong(Ours):
 workload = Decoder(TOY, 1, 8)
 model = workload.build(torch.device("cpu")).requires_grad_(False)
 found = steps.measure(Scenario(workload, Setting("bf16"), (Peft(), Wrong(), Ours())), model, Rehearsal(), 1)
-print(json.dumps({name: sorted(outcome) for name, outcome in found.items()}))
+words = {name: part.command for name, part in PARTS.items() if "--only" in part.command}
+globs = {name: command[command.index("--only") + 1 :] for name, command in words.items()}
+scenarios = compare.planned("cuda", rehearse=False, layers=None).names()
+parts = {its: [part for part in globs if any(fnmatchcase(its, glob) for glob in globs[part])] for its in scenarios}
+print(json.dumps({"found": {name: sorted(outcome) for name, outcome in found.items()}, "parts": parts}))
 """
 
 
@@ -83,6 +89,15 @@ def test_the_page_names_every_claim_and_every_table(ran):
 
 
 def test_what_computes_something_else_is_not_timed(ran):
-    assert "failed" in ran[1]["twice the scale"]
-    assert "step" not in ran[1]["twice the scale"]
-    assert "step" in ran[1]["ours"]
+    found = ran[1]["found"]
+    assert "failed" in found["twice the scale"]
+    assert "step" not in found["twice the scale"]
+    assert "step" in found["ours"]
+
+
+def test_one_call_for_a_gpu_measures_every_scenario_once_within_25_minutes(ran):
+    assert {len(parts) for parts in ran[1]["parts"].values()} == {1}
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(ran[0] / "none"), "--list"]
+    parts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert sum(int(part.partition("at most ")[2].split()[0]) for part in parts) <= 25 * 60
+    assert not (ran[0] / "none").exists()

@@ -181,7 +181,7 @@ class Cuda(Machine):
 
     def on_host(self, model: nn.Module) -> None:
         for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.data = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+            tensor.data = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor.detach())
         torch.cuda.empty_cache()
 
     def cannot_compile(self) -> str | None:
