@@ -118,8 +118,8 @@ def built(name: str, layers: int) -> nn.Module:
 
 
 NOTE = (
-    "Both are estimates; the rule of thumb says neither sequence nor batch. Ours: tensors at the peak of a step, all of "
-    "them on the device (paged moments too), without the CUDA context. *galore* holds the gradients of all weights, as "
+    "Both are estimates; the rule of thumb says neither sequence nor batch. Ours: tensors at the peak of a step, all "
+    "of them on the device (paged moments too), without the CUDA context. *galore* holds the gradients of all weights, as "
     "its authors' layer-by-layer updates do not; *badam* trains a block at a time. Stacked experts (8x7B, 8x22B) are "
     "held in NF4 or as they are, so their rows in 8 and 2 bits keep them in 16; while a block of them computes, its "
     "experts stand there in 16 bits, with a gradient of their size."
