@@ -107,6 +107,7 @@ def _setup(options: Namespace, method: str) -> Setup:
     return Setup(
         method=method,
         r=options.r,
+        targets=tuple(options.targets) if options.targets else "all-linear",
         precision=options.precision,
         optimizer=options.optimizer,
         activation_checkpointing=BLOCKS if options.checkpointing else None,
@@ -130,7 +131,7 @@ def _show(options: Namespace, found: list[Estimate], fits: list[Fit]) -> None:
     rows.append(["total", *(_size(each.total) for each in found)])
     rules = [_rule(each) for each in found]
     if any(rules):
-        rows.append(["LLaMA-Factory's rule of thumb", *("-" if rule is None else f"{rule} GB" for rule in rules)])
+        rows.append(["LLaMA-Factory's rule of thumb", *map(_beside, found, rules)])
     what = f"{options.model}: {found[0].parameters:,} parameters, batch {options.batch}, {options.seq} tokens"
     console.table(what, ["part", *(each.setup.method for each in found)], rows)
     for each in found:
@@ -138,6 +139,11 @@ def _show(options: Namespace, found: list[Estimate], fits: list[Fit]) -> None:
             console.line(f"{each.setup.method}: {note}")
     for each, its in zip(found, fits, strict=False):
         console.line(f"{each.setup.method}: {_told(its, options)}")
+
+
+def _beside(found: Estimate, rule: int | None) -> str:
+    """The rule's figure, and on which side of it ours lies."""
+    return "-" if rule is None else f"{rule} GB, ours {'below' if found.total < rule * 1e9 else 'above'}"
 
 
 def _size(size: int) -> str:

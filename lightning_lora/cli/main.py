@@ -294,6 +294,13 @@ def _add_estimate(
         "several times (default: qlora-4bit)",
     )
     estimate.add_argument("--r", type=_positive, default=16, help="rank of the adapters (default: %(default)s)")
+    estimate.add_argument(
+        "--targets",
+        action="append",
+        metavar="NAME",
+        help="name or glob of layers to adapt and quantize; may be given several times, stacked experts have to be "
+        "named (default: all-linear)",
+    )
     estimate.add_argument("--seq", type=_positive, default=512, help="tokens of a sequence (default: %(default)s)")
     estimate.add_argument("--batch", type=_positive, default=1, help="sequences at once (default: %(default)s)")
     estimate.add_argument("--checkpointing", action="store_true", help="compute each block again in the backward pass")

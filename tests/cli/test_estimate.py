@@ -34,6 +34,19 @@ def test_methods_stand_side_by_side_and_what_fits_is_said(config, capsys, tmp_pa
     assert (tmp_path / "memory.png").is_file()
 
 
+def test_the_rule_of_thumb_stands_beside_a_model_of_its_sizes(tmp_path, capsys):
+    """Eight blocks, as wide as it takes to have the parameters of 7B."""
+    transformers.LlamaConfig(
+        hidden_size=8192, intermediate_size=24576, num_hidden_layers=8, num_attention_heads=64, vocab_size=8000
+    ).save_pretrained(tmp_path)
+    given = ["estimate", "--model", str(tmp_path), "--r", "4", "--seq", "64"]
+    targets = [option for name in ("*.mlp.*_proj", "*.self_attn.*_proj") for option in ("--targets", name)]
+    assert main([*given, *targets]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "rule of thumb" in shown
+    assert "6 GB, ours below" in shown
+
+
 def test_nothing_fits_is_told_by_the_exit_code(config, capsys):
     assert main(["estimate", "--model", str(config), "--r", "4", "--seq", "64", "--gpu", "1KB"]) == 1
     assert "nothing that could be switched on makes it fit 1KB" in capsys.readouterr().out
