@@ -93,6 +93,8 @@ class LoRACallback(Callback):
         quantization: ``"nf4"``, ``"fp4"``, ``"nf3"``, ``"nf2"`` (with ``init="loftq"``), ``"int8"``, their
             configs (``NF4Config(block_size=128)``), or None for a base in its own precision (plain LoRA). ``"auto"`` is
             ``"nf4"`` under adapters and None for the methods without.
+        embeddings: ``"int8"`` stores embeddings and output heads in 8 bit, with an adapter or without; None leaves them
+            in their own precision, unless they have an adapter and are stored as ``quantization`` says.
         optimizer: ``"paged_adamw_8bit"``, or None to keep the class ``configure_optimizers`` returns.
         lr_ratio: The learning rate of every factor ``B`` is this multiple of what its optimizer group has (LoRA+, which
             recommends 16); schedulers go on with both.
@@ -125,6 +127,7 @@ class LoRACallback(Callback):
         train: str | Iterable[str] = (),
         train_bias: str = "none",
         quantization: str | AnyConfig | None = "auto",
+        embeddings: str | None = None,
         optimizer: str | None = "paged_adamw_8bit",
         lr_ratio: float = 1.0,
         merge: bool = True,
@@ -150,6 +153,7 @@ class LoRACallback(Callback):
             train=as_tuple(train),
             train_bias=train_bias,
             quantization=as_quantization(quantization, method),
+            embeddings=embeddings,
             adapter=adapter,
             eva_batches=eva_batches,
         )

@@ -17,6 +17,7 @@ from lightning_lora.quantization.config import (
 from lightning_lora.quantization.fp4 import FP4Linear
 from lightning_lora.quantization.frozen_linear import FrozenLinear
 from lightning_lora.quantization.int8 import Int8Linear
+from lightning_lora.quantization.int8_embedding import Int8Embedding
 from lightning_lora.quantization.nf4 import NF4Linear
 from lightning_lora.quantization.normal_float import NormalFloatLinear
 
@@ -44,6 +45,15 @@ def linear_class(config: QuantizationConfig) -> type[FrozenLayer]:
 def quantized_linear(layer: nn.Linear, config: QuantizationConfig, *, weight: Tensor | None = None) -> FrozenLayer:
     """Quantize a layer's weight, or another one in its place; the layer stays as it is and its bias is shared."""
     return linear_class(config).from_linear(layer, config, weight=weight)
+
+
+def quantized_layer(layer: nn.Module, config: QuantizationConfig) -> FrozenLayer:
+    """Quantize a linear layer, or in 8 bit an embedding; the layer stays as it is and its bias is shared."""
+    if isinstance(layer, nn.Embedding):
+        assert isinstance(config, Int8Config)
+        return Int8Embedding.from_embedding(layer, config)
+    assert isinstance(layer, nn.Linear)
+    return quantized_linear(layer, config)
 
 
 def from_storage(words: str) -> QuantizationConfig:

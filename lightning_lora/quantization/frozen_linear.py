@@ -96,6 +96,14 @@ class FrozenLinear(QuantizedLinear, Generic[Config]):
         return self.config.compute_dtype or dtype
 
     @property
+    def weight(self) -> Tensor:
+        """The dequantized weight in :attr:`merge_dtype`, made anew on each access, for code that reads it.
+
+        Under an adapter it is the adapted layer that is read.
+        """
+        return self.dequantize(self.merge_dtype)
+
+    @property
     def kind(self) -> Kind:
         """That of a linear layer."""
         return LinearKind(self.in_features, self.out_features)
