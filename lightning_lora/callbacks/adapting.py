@@ -161,9 +161,11 @@ def planned(module: nn.Module, settings: Settings) -> Plan:
     )
 
 
-def _edges(module: nn.Module, settings: Settings) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def _edges(
+    module: nn.Module, settings: Settings, train: tuple[str, ...] | None = None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """What ``embeddings`` stores in few bits, and what of these has to stay as it is, with the reason."""
-    return ({}, {}) if settings.embeddings is None else edges(module)
+    return ({}, {}) if settings.embeddings is None else edges(module, train)
 
 
 def _taken_off(module: nn.Module) -> dict[str, Tensor]:
@@ -199,7 +201,7 @@ def _dense_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def _check_base(module: LightningModule, plan: Plan, settings: Settings, device: torch.device | None) -> None:
     """See that the base can be trained on, and quantized if it is to be, before anything is changed."""
-    at_edges, _ = _edges(module, settings)
+    at_edges, _ = _edges(module, settings, plan.train)
     inside = {name: layer_at(module, name) for name in plan.layers if name not in at_edges}
     layers = {name: layer_at(module, name) for name in plan.layers} | at_edges
     weights = {

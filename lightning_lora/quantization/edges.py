@@ -6,7 +6,7 @@ felt in every token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -29,8 +29,12 @@ def check_embeddings(embeddings: str | None) -> None:
         raise ValueError(f"embeddings must be None or one of {', '.join(EMBEDDINGS)}, got {embeddings!r}")
 
 
-def edges(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def edges(model: nn.Module, train: Collection[str] | None = None) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Find what ``embeddings="int8"`` stores: every embedding, and the heads that ``"all-linear"`` leaves.
+
+    Args:
+        model: With adapters or without.
+        train: Names of the modules that are going to be trained whole; None takes what is trained now.
 
     Returns:
         Layers that are not quantized yet by name, adapted ones as such, and those that stay as they are, with the
@@ -45,7 +49,7 @@ def edges(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     found = {name: layer for name, layer in layers.items() if name in heads or _is_embedding(layer)}
     if not found:
         raise QuantizationError(f"{type(model).__name__} has no embedding and no output head; drop embeddings='int8'")
-    kept = {name: reason for name, layer in found.items() if (reason := _why_not(layer)) is not None}
+    kept = {name: reason for name, layer in found.items() if (reason := _why_not(name, layer, train)) is not None}
     chosen = {
         name: layer
         for name, layer in found.items()
@@ -66,7 +70,7 @@ def base_of(layer: nn.Module) -> nn.Module:
     return layer.base_layer if isinstance(layer, AdaptedLayer) else layer
 
 
-def _why_not(layer: nn.Module) -> str | None:
+def _why_not(name: str, layer: nn.Module, train: Collection[str] | None) -> str | None:
     """Why an edge stays dense, or None if it can be quantized or is already."""
     base = base_of(layer)
     if isinstance(base, QuantizedLinear):
@@ -76,7 +80,8 @@ def _why_not(layer: nn.Module) -> str | None:
     if not isinstance(base, nn.Linear | nn.Embedding):
         return f"INT8 holds linear layers and embeddings, and this is a {type(base).__name__}"
     reason = why_not_adaptable(base)
-    if reason is None and base.weight.requires_grad:
+    trained = base.weight.requires_grad if train is None else any(f"{name}.".startswith(f"{x}.") for x in train)
+    if reason is None and trained:
         reason = "it is trained whole"
     return reason or linear_class(EMBEDDINGS["int8"]).refusal(base.weight.detach(), base.weight.device)
 
