@@ -22,7 +22,7 @@ from lightning_lora.quantization.config import NF4Config, QuantizationConfig
 from lightning_lora.quantization.edges import EMBEDDINGS, base_of, check_embeddings, edges
 from lightning_lora.quantization.expected_error import expected_error
 from lightning_lora.quantization.formats import FrozenLayer, linear_class, quantized_layer, quantized_linear
-from lightning_lora.quantization.nf4_stack import NF4Stack
+from lightning_lora.quantization.stacks import quantized_stack
 
 _DEFAULT = NF4Config()
 
@@ -144,8 +144,6 @@ def check_quantizable(
 def _refusal(base: nn.Module, config: QuantizationConfig, device: torch.device | str | None) -> str | None:
     """Why a layer stays dense, or None if it can be quantized."""
     label = config.name.upper()
-    if isinstance(base, StackedWeight) and not isinstance(config, NF4Config):
-        return f"experts are held in NF4 or not quantized, and this is {label}"
     if not isinstance(base, nn.Linear | StackedWeight):
         return f"{label} holds linear layers, and this is a {type(base).__name__}"
     where = torch.device(device) if device is not None else base.weight.device
@@ -201,8 +199,7 @@ def _warn_of_plain_starts(layers: Mapping[str, AdaptedLayer], config: Quantizati
 def _quantized(layer: AdaptedLayer, base: nn.Module, config: QuantizationConfig) -> FrozenLayer:
     """Quantize a base, without the start of the first active adapter that takes one off."""
     if isinstance(base, StackedWeight):  # adapters on experts take nothing off
-        assert isinstance(config, NF4Config)
-        return NF4Stack.from_stack(base, config)
+        return quantized_stack(base, config)
     if not isinstance(base, nn.Linear):  # nor do those on embeddings
         return quantized_layer(base, config)
 
