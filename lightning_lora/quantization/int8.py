@@ -76,8 +76,9 @@ class Int8Linear(FrozenLinear[Int8Config]):
             return dequantize_rows(self.codes, maxima, dtype)
         out = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         rows = max(1, _PIECE.get(self.codes.device.type, _LARGE) // max(1, out.shape[1]))
-        for part, *stored in zip(out.split(rows), self.codes.split(rows), maxima.split(rows), strict=True):
-            part.copy_(dequantize_rows(*stored, torch.float32))
+        for start in range(0, len(out), rows):
+            part = slice(start, start + rows)
+            out[part] = dequantize_rows(self.codes[part], maxima[part], torch.float32)
         return out
 
 

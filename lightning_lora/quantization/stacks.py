@@ -59,7 +59,8 @@ class Stack(FrozenLinear[Any]):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the whole parameter in ``dtype``."""
-        return super().dequantize(dtype).view(self.shape)  # type: ignore[safe-super] (the storage's, which comes next)
+        rows = super().dequantize(dtype)  # type: ignore[safe-super]  # that of the storage, which comes next
+        return rows.view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Raise: there is no call with an input."""
