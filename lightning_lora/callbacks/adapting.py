@@ -35,6 +35,7 @@ from lightning_lora.nn.kinds import has_kind
 from lightning_lora.nn.low_rank import LowRankConfig
 from lightning_lora.nn.split import Split
 from lightning_lora.quantization.config import QuantizationConfig
+from lightning_lora.quantization.edges import edges
 from lightning_lora.quantization.quantize import check_quantizable, quantize, refuse_unfitted
 
 Start = Callable[[LightningModule, Plan], tuple[Plan, Mapping[str, Tensor]]]
@@ -141,8 +142,10 @@ def _inject(module: LightningModule, settings: Settings, device: torch.device, s
         _tell("left as they are", plan.left)
     owners = _owners(module, packed)
     if settings.quantization is not None:
-        _tell("not quantized", check_quantizable(adapted_layers(module), settings.quantization, where))
-        quantize(module, settings.quantization, device=where)
+        at_edges, kept = _edges(module, settings)
+        inside = {name: layer for name, layer in adapted_layers(module).items() if name not in at_edges}
+        _tell("not quantized", kept | check_quantizable(inside, settings.quantization, where))
+        quantize(module, settings.quantization, device=where, embeddings=settings.embeddings)
         require_equal_bases(_taken_off(module))
     _tell("in few bits without an adapter, which no merged export can hold", _unadapted(module))
     return owners
@@ -183,6 +186,13 @@ def planned(module: nn.Module, settings: Settings) -> Plan:
     )
 
 
+def _edges(
+    module: nn.Module, settings: Settings, train: tuple[str, ...] | None = None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """What ``embeddings`` stores in few bits, and what of these has to stay as it is, with the reason."""
+    return ({}, {}) if settings.embeddings is None else edges(module, train)
+
+
 def _taken_off(module: nn.Module) -> dict[str, Tensor]:
     """The bits of what the bases were quantized without."""
     buffers = dict(module.named_buffers())
@@ -216,7 +226,9 @@ def _dense_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def _check_base(module: LightningModule, plan: Plan, settings: Settings, device: torch.device | None) -> None:
     """See that the base can be trained on, and quantized if it is to be, before anything is changed."""
-    layers = {name: layer_at(module, name) for name in plan.layers}
+    at_edges, _ = _edges(module, settings, plan.train)
+    inside = {name: layer_at(module, name) for name in plan.layers if name not in at_edges}
+    layers = {name: layer_at(module, name) for name in plan.layers} | at_edges
     weights = {
         name: stored_weight(layer).detach()
         for name, layer in layers.items()
@@ -240,7 +252,7 @@ def _check_base(module: LightningModule, plan: Plan, settings: Settings, device:
                 f"the base weight of {name} holds NaN or infinity. Mend the base model, or exclude={name!r}"
             )
     if settings.quantization is not None:
-        refuse_unfitted(plan.layers, check_quantizable(layers, settings.quantization, device))
+        refuse_unfitted(plan.layers, check_quantizable(inside, settings.quantization, device))
         require_equal_bases(weights)
 
 
@@ -270,6 +282,8 @@ def _require_same(module: LightningModule, settings: Settings, finetune: FineTun
         wanted["quantization"] = "none"
     elif _differs_in_storage(finetune, settings.quantization, device):
         wanted["quantization"] = settings.quantization.name
+    if (settings.embeddings is not None) != bool(found.get("embeddings")):
+        wanted["embeddings"] = settings.embeddings
     apart = differences(wanted, found)
     if apart:
         raise AdapterError(
@@ -281,12 +295,18 @@ def _require_same(module: LightningModule, settings: Settings, finetune: FineTun
 
 def _differs_in_storage(finetune: FineTune, config: QuantizationConfig, device: torch.device) -> bool:
     """Whether a layer could be quantized and is not, or was quantized by us to another format."""
+    at_edges = {
+        name
+        for name, layer in finetune.layers.items()
+        if isinstance(layer.base_layer, QuantizedLinear) and layer.base_layer.edge
+    }
+    inside = {name: layer for name, layer in finetune.layers.items() if name not in at_edges}
     formats = {
         layer.base_layer.storage.partition("/")[0]
-        for layer in finetune.layers.values()
+        for layer in inside.values()
         if isinstance(layer.base_layer, QuantizedLinear) and layer.base_layer.origin is not None
     }
-    waiting = finetune.dense - check_quantizable(finetune.layers, config, device).keys()
+    waiting = finetune.dense - check_quantizable(inside, config, device).keys()
     return bool(waiting or formats - {config.name})
 
 

@@ -21,7 +21,7 @@ from lightning_lora.model.inject import apply
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.split import named_layers
 from lightning_lora.model.targets import Plan
-from lightning_lora.quantization.config import QuantizationConfig
+from lightning_lora.quantization.config import NF4Config, QuantizationConfig
 from lightning_lora.quantization.formats import from_storage
 from lightning_lora.quantization.quantize import quantize
 
@@ -65,12 +65,12 @@ def _prepared(module: LightningModule, checkpoint: Mapping[str, Any]) -> FineTun
         return FineTune.of_modules(module, description["method"], _live(module, description["train"]))
     if not adapted_layers(module):
         apply(module, _plan(module, description), start=False)
-        storage = _storage(description)
-        if storage is not None:
+        storage, at_edges = _storage(description), description.get("embeddings")
+        if storage is not None or at_edges:
             _resume(module, checkpoint["state_dict"])  # what the base was quantized without has to be known before
             with warnings.catch_warnings():  # the adapters are trained: where they started no longer matters
                 warnings.filterwarnings("ignore", message="quantization=", category=UserWarning)
-                quantize(module, storage)
+                quantize(module, storage or NF4Config(), embeddings="int8" if at_edges else None)
     return FineTune.of_adapters(module)
 
 
@@ -123,6 +123,7 @@ def _of(description: Description, field: str, layer: str) -> Any:
 
 
 def _storage(description: Description) -> QuantizationConfig | None:
-    """How the base was stored; layers that could not be quantized then cannot be now."""
-    found = {_of(description, "quantization", name) for name in description["targets"]} - {"none"}
+    """How the base was stored but for its edges; layers that could not be quantized then cannot be now."""
+    inside = [name for name in description["targets"] if name not in description.get("embeddings", {})]
+    found = {_of(description, "quantization", name) for name in inside} - {"none"}
     return from_storage(found.pop()) if found else None

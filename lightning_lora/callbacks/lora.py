@@ -98,6 +98,8 @@ class LoRACallback(CopiedAsSet):
         quantization: ``"nf4"``, ``"fp4"``, ``"nf3"``, ``"nf2"`` (with ``init="loftq"``), ``"int8"``, their
             configs (``NF4Config(block_size=128)``), or None for a base in its own precision (plain LoRA). ``"auto"`` is
             ``"nf4"`` under adapters and None for the methods without.
+        embeddings: ``"int8"`` stores embeddings and output heads in 8 bit, with an adapter or without; None leaves them
+            in their own precision, unless they have an adapter and are stored as ``quantization`` says.
         optimizer: What ``torch.optim.Adam`` and ``AdamW`` become: ``"paged_adamw_8bit"``; with ``method="full"`` also
             ``"galore_adamw"`` or ``"badam"``, or with values ``GaLore(rank=64)``, ``BAdam(switch_every=50)`` (from
             YAML ``{name: galore_adamw, rank: 64}``). None keeps the class ``configure_optimizers`` returns.
@@ -137,6 +139,7 @@ class LoRACallback(CopiedAsSet):
         train: str | Iterable[str] = (),
         train_bias: str = "none",
         quantization: str | AnyConfig | None = "auto",
+        embeddings: str | None = None,
         optimizer: str | GaLore | BAdam | dict[str, Any] | None = "paged_adamw_8bit",
         lr_ratio: float = 1.0,
         merge: bool = True,
@@ -161,6 +164,7 @@ class LoRACallback(CopiedAsSet):
             train=as_tuple(train),
             train_bias=train_bias,
             quantization=as_quantization(quantization, method),
+            embeddings=embeddings,
             adapter=adapter,
             eva_batches=eva_batches,
         )

@@ -18,6 +18,7 @@ from lightning_lora.nn.low_rank import LowRankConfig
 from lightning_lora.nn.vera import VeRAConfig
 from lightning_lora.optim.swaps import FOR_FULL_TRAINING, SWAPS, AnySwap
 from lightning_lora.quantization.config import QuantizationConfig
+from lightning_lora.quantization.edges import check_embeddings
 from lightning_lora.quantization.formats import CONFIGS
 
 METHODS: dict[str, type[AdapterConfig]] = {
@@ -42,12 +43,15 @@ class Settings:
         train: Patterns of modules to train whole.
         train_bias: Biases to train: of no, of adapted or of all layers.
         quantization: How to store the base; None leaves it as it is.
+        embeddings: How to store embeddings and output heads beside it; None leaves those without an adapter as they
+            are.
         adapter: Folder of a saved adapter that brings its own targets and configs.
         eva_batches: How many batches adapters that start from data see at most.
 
     Raises:
-        ValueError: If ``adapter`` stands beside a value it would overrule, ``init="loftq"`` beside no quantization, or
-            a baseline beside a value it has no use for; if ``eva_batches`` is below 1, or nothing has ``init="eva"``.
+        ValueError: If ``adapter`` stands beside a value it would overrule, ``init="loftq"`` or ``embeddings`` beside no
+            quantization, or a baseline beside a value it has no use for; if ``eva_batches`` is below 1, or nothing has
+            ``init="eva"``.
     """
 
     method: str = "lora"
@@ -57,11 +61,13 @@ class Settings:
     train: tuple[str, ...] = ()
     train_bias: str = "none"
     quantization: QuantizationConfig | None = None
+    embeddings: str | None = None
     adapter: str | PathLike[str] | None = None
     eva_batches: int = EVA_BATCHES
 
     def __post_init__(self) -> None:
         check_choice("train_bias", self.train_bias, TRAIN_BIAS)
+        check_embeddings(self.embeddings)
         if self.eva_batches < 1:
             raise ValueError(f"eva_batches must be at least 1, got {self.eva_batches}")
         if self.eva_batches != EVA_BATCHES and not self.starts_from_data:
@@ -77,12 +83,18 @@ class Settings:
                 "init='loftq' fits the adapters to a base that is being quantized, and quantization is None. Use "
                 "quantization='nf4', or init='pissa'"
             )
+        if self.quantization is None and self.embeddings is not None:
+            raise ValueError(
+                f"embeddings={self.embeddings!r} stores embeddings and output heads in few bits beside a quantized "
+                "base, and quantization is None. Use quantization='int8', or 'nf4'"
+            )
         changed = [*self._changed(), *(["train"] if self.train else [])]
         if self.adapter is not None and changed:
             raise ValueError(f"adapter={str(self.adapter)!r} brings its own {listing(changed)}; drop these arguments")
 
     def _check_baseline(self) -> None:
-        changed = self._changed() + [name for name in ("quantization", "adapter") if getattr(self, name) is not None]
+        unused = ("quantization", "embeddings", "adapter")
+        changed = self._changed() + [name for name in unused if getattr(self, name) is not None]
         if changed:
             raise ValueError(
                 f"method={self.method!r} puts no adapters into the module and quantizes nothing, so it has no use for "

@@ -38,8 +38,9 @@ def describe(model: nn.Module, name: str = "default") -> Description:
     Returns:
         ``version``, ``method``, the method's decisive fields such as ``r``, ``alpha`` and ``scaling``, ``start``,
         ``kinds`` of layers (each one value, or a mapping from layer to value where layers differ), ``targets`` (adapted
-        layers), ``train`` (modules trained whole), ``biases`` (layers whose bias is trained) and ``quantization`` (how
-        the base is stored).
+        layers), ``train`` (modules trained whole), ``biases`` (layers whose bias is trained), ``quantization`` (how
+        the base under the adapters is stored) and ``embeddings`` (the embeddings and output heads that are stored
+        in few bits for their own sake, with an adapter or without, and how).
     """
     found = {path: layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
     layers = {canonical(path): layer for path, layer in found.items()}
@@ -53,7 +54,14 @@ def describe(model: nn.Module, name: str = "default") -> Description:
         "train": sorted(map(canonical, trained_modules(model, name))),
         "biases": sorted(map(canonical, trained_biases(model, name))),
         "quantization": _collapse(stored),
+        "embeddings": stored_edges(model),
     }
+
+
+def stored_edges(model: nn.Module) -> dict[str, str]:
+    """How each embedding and output head is stored that is in few bits for its own sake, by its name in the base."""
+    found = {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    return {canonical(path).removesuffix(".base_layer"): edge.storage for path, edge in found.items() if edge.edge}
 
 
 def describe_configs(configs: Mapping[str, AdapterConfig]) -> Description:

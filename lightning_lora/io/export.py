@@ -115,7 +115,7 @@ def _parts(model: nn.Module, dtype: torch.dtype | None) -> Iterator[Part]:
         elif place not in written:
             written.add(place)
             host = places[place]
-            assert isinstance(host, AdaptedLayer | Split)
+            assert isinstance(host, AdaptedLayer | Split | QuantizedLinear)
             yield Part(_named(place, _outline(host, dtype)), partial(_merged, place, host, dtype), computed=True)
 
 
@@ -132,7 +132,7 @@ def _outline(host: Host, dtype: torch.dtype | None) -> nn.Module:
     if isinstance(host, Split):
         plain = {name: _outline_of(_base(layer), dtype) for name, layer in host.parts().items()}
         return host.joined(plain, dtype=dtype)
-    return _outline_of(host.base_layer, dtype)
+    return _outline_of(_base(host), dtype)
 
 
 def _outline_of(base: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -150,7 +150,8 @@ def _merged(path: str, host: Host, dtype: torch.dtype | None) -> Iterator[tuple[
         return
     for name, tensor in _named(path, _outline(host, dtype)).items():
         if tensor.is_meta:
-            yield from ((name, piece) for piece in host.merged_pieces(tensor.dtype))
+            pieces = host.merged_pieces if isinstance(host, AdaptedLayer) else host.pieces
+            yield from ((name, piece) for piece in pieces(tensor.dtype))
         else:
             yield name, tensor
 

@@ -95,8 +95,8 @@ class _Layers:
 
     def _layer(self, name: str, stored: StoredLayer) -> FrozenLayer:
         base = layer_at(self._model, self._live[name])
-        if not isinstance(base, nn.Linear | StackedWeight):
-            raise LoadError(f"{self._files.folder}: {name} is a linear layer there and a {type(base).__name__} here")
+        if not isinstance(base, nn.Linear | nn.Embedding | StackedWeight):
+            raise LoadError(f"{self._files.folder}: {name} is a frozen layer there and a {type(base).__name__} here")
         try:
             stored_as: Any = from_storage(stored.storage)
             compute = None if stored.compute_dtype is None else getattr(torch, stored.compute_dtype)

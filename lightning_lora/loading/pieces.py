@@ -159,7 +159,8 @@ class _LoadedModule(Loaded):
         name = ".".join(filter(None, (piece.path, part)))
         require_finite(name, base)
         weight = stored_weight(base).detach()
-        reason = linear_class(piece.config).refusal(weight, weight.device)
+        held = linear_class(piece.config)
+        reason = held.refusal(weight, weight.device) or held.refusal_of_values(weight)
         if reason is not None:
             piece.left[name] = reason
             return base

@@ -50,7 +50,12 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
 @torch.no_grad()
 def merged(layer: Host, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Return the plain layer that computes what ``layer`` computes; ``layer`` itself is left as it is."""
-    plain = _merged_parts(layer, dtype) if isinstance(layer, Split) else _merged_layer(layer, dtype)
+    if isinstance(layer, Split):
+        plain = _merged_parts(layer, dtype)
+    elif isinstance(layer, AdaptedLayer):
+        plain = _merged_layer(layer, dtype)
+    else:
+        plain = with_weight(layer, layer.dequantize(torch.float32).to(dtype or layer.merge_dtype))
     share_hooks(layer, plain)
     return plain
 

@@ -19,7 +19,7 @@ from lightning_lora.nn.experts import StackedWeight
 from lightning_lora.nn.split import Split
 from lightning_lora.nn.split_experts import SplitExperts, stacked_parameters
 
-Host = AdaptedLayer | Split
+Host = AdaptedLayer | Split | QuantizedLinear
 _OURS = (Split, Adapter, AdaptedLayer, StackedWeight, QuantizedLinear)
 
 
@@ -68,14 +68,21 @@ def taken_apart(module: nn.Module) -> Split:
 
 
 def hosts(model: nn.Module) -> dict[str, Host]:
-    """What stands in the place of the model's own layers, by name; a module taken apart with all that is in it."""
+    """What stands in the place of the model's own layers, by name; a module taken apart with all that is in it.
+
+    That is adapted layers, and edges that were quantized without an adapter.
+    """
     found: dict[str, Host] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if isinstance(module, Split) and any(isinstance(layer, AdaptedLayer) for layer in module.parts().values()):
             found[name] = module
             inside |= set(module.parts().values())
-        elif isinstance(module, AdaptedLayer) and module not in inside:
+        elif isinstance(module, AdaptedLayer):
+            inside.add(module.base_layer)
+            if module not in inside:
+                found[name] = module
+        elif isinstance(module, QuantizedLinear) and module.edge and module not in inside:
             found[name] = module
     return found
 

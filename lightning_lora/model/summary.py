@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.split import hosts
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.base import QuantizedLinear, stored_weight
 
@@ -41,6 +42,7 @@ class Summary:
 
     Attributes:
         layers: The adapted layers, in the model's order.
+        unadapted: Embeddings and output heads that are quantized and have no adapter.
         trainable: Parameters that are trained.
         total: All parameters, adapters included.
         model_bytes: Bytes of all parameters and buffers as stored.
@@ -50,6 +52,7 @@ class Summary:
     trainable: int
     total: int
     model_bytes: int
+    unadapted: tuple[LayerSummary, ...] = ()
 
     @property
     def frozen(self) -> int:
@@ -70,7 +73,7 @@ class Summary:
         head = ("layer", "method", "shape", "base", "trainable", "base bytes")
         rows = [
             (x.name, x.method, f"{x.shape[0]}x{x.shape[1]}", x.storage, f"{x.trainable:,}", f"{x.base_bytes:,}")
-            for x in self.layers
+            for x in (*self.layers, *self.unadapted)
         ]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = [
@@ -98,6 +101,7 @@ def summary(model: nn.Module) -> Summary:
         trainable=trainable,
         total=total,
         model_bytes=_bytes(_tensors(model)),
+        unadapted=tuple(_bare(name, host) for name, host in hosts(model).items() if isinstance(host, QuantizedLinear)),
     )
 
 
@@ -114,6 +118,11 @@ def _layer(name: str, layer: AdaptedLayer) -> LayerSummary:
         base_bytes=_bytes(_tensors(base)),
         adapter_bytes=_bytes(_tensors(layer.adapters)),
     )
+
+
+def _bare(name: str, layer: QuantizedLinear) -> LayerSummary:
+    shape = (layer.out_features, layer.in_features)
+    return LayerSummary(name, "none", shape, layer.storage, 0, _bytes(_tensors(layer)), 0)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

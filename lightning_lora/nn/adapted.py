@@ -171,9 +171,8 @@ class AdaptedLayer(nn.Module):
         return tuple(self.adapters[name] for name in self.computing)
 
     def _shape(self) -> tuple[int, ...]:
-        quantized = isinstance(self.base_layer, QuantizedLinear)
-        kind = self.kind
-        return (kind.out_features, kind.in_features) if quantized else tuple(stored_weight(self.base_layer).shape)
+        base = self.base_layer
+        return tuple(stored_weight(base.dense() if isinstance(base, QuantizedLinear) else base).shape)
 
     def _stored_weight(self) -> Tensor:
         return dense_weight(self.base_layer, self._sum_dtype())

@@ -40,12 +40,15 @@ class QuantizedLinear(nn.Module, ABC):
         out_features: ``O``.
         bias: Parameter of shape ``(O,)`` or None.
         origin: What the weight was made from, or None where that was never seen. Copies and pickles take it along.
+        edge: Whether it is an embedding or output head that was quantized for its own sake: it may stand without an
+            adapter, and a merge makes it dense again like those that have one.
     """
 
     in_features: int
     out_features: int
     bias: nn.Parameter | None
     origin: Origin | None = None
+    edge: bool = False
 
     @property
     @abstractmethod
@@ -177,7 +180,7 @@ def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
     """Return a plain layer with ``weight`` and the bias of ``layer``, which is left untouched.
 
     A dense layer's own class, hooks and mode are kept, so that whatever the user hung on it stays; in the place of a
-    quantized one stands a ``nn.Linear``.
+    quantized one stands torch's own (``nn.Linear``, ``nn.Embedding``).
     """
     plain: nn.Module
     if isinstance(layer, QuantizedLinear):

@@ -11,9 +11,8 @@ from lightning_lora.model.layers import require_adapters
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.experts import StackedWeight
 from lightning_lora.nn.lora import LoRA
-from lightning_lora.quantization.config import NF4Config, QuantizationConfig
-from lightning_lora.quantization.formats import FrozenLayer, blank_linear
-from lightning_lora.quantization.nf4_stack import NF4Stack
+from lightning_lora.quantization.config import QuantizationConfig
+from lightning_lora.quantization.pack import blank_layer
 from lightning_lora.quantization.quantize import refusals, refuse_none_left, refuse_unfitted
 
 
@@ -56,7 +55,7 @@ def _quantize(layer: AdaptedLayer, config: QuantizationConfig) -> None:
     base = layer.base_layer
     if not isinstance(base, nn.Linear | StackedWeight):
         return  # quantized already
-    layer.base_layer = _blank(base, config)
+    layer.base_layer = blank_layer(base, config)
     for name in layer.active:
         adapter = layer.adapter(name)
         if isinstance(adapter, LoRA) and adapter.lora_A0 is not None and layer.base_lacks is None:
@@ -64,13 +63,6 @@ def _quantize(layer: AdaptedLayer, config: QuantizationConfig) -> None:
             factors = {"taken_A": adapter.lora_A, "taken_B": adapter.lora_B}
             _start(adapter, {key: torch.empty_like(t, dtype=torch.int32) for key, t in factors.items()})
             layer.base_lacks = name
-
-
-def _blank(base: nn.Linear | StackedWeight, config: QuantizationConfig) -> FrozenLayer:
-    if isinstance(base, StackedWeight):
-        assert isinstance(config, NF4Config)
-        return NF4Stack.blank(base, config)
-    return blank_linear(base, config)
 
 
 def _start(adapter: LoRA, taken: Mapping[str, Tensor]) -> None:

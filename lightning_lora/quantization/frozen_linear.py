@@ -73,6 +73,9 @@ class FrozenLinear(QuantizedLinear, Generic[Config]):
         """Why this format cannot hold these values, or None if it can."""
         return None
 
+    def take_after(self, layer: nn.Module) -> None:
+        """Be, beyond the sizes, what the layer is whose weight this holds."""
+
     def hold_as_parameters(self) -> None:
         """Hold the packed tensors as frozen parameters instead of buffers, under the same names.
 
@@ -80,6 +83,8 @@ class FrozenLinear(QuantizedLinear, Generic[Config]):
         integers.
         """
         for name in self.tensors:
+            if name in self._parameters:
+                continue
             tensor = getattr(self, name)
             delattr(self, name)
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -99,6 +104,14 @@ class FrozenLinear(QuantizedLinear, Generic[Config]):
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
         """What the config says, or ``dtype`` where it says nothing."""
         return self.config.compute_dtype or dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight in :attr:`merge_dtype`, made anew on each access, for code that reads it.
+
+        Under an adapter it is the adapted layer that is read.
+        """
+        return self.dequantize(self.merge_dtype)
 
     @property
     def kind(self) -> Kind:

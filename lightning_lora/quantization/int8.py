@@ -22,6 +22,8 @@ from lightning_lora.quantization.config import Int8Config
 from lightning_lora.quantization.frozen_linear import FrozenLinear
 
 _STEP = 7.874015718698502e-3  # 1 / 127 as bitsandbytes writes it
+_PIECE, _LARGE = {"cpu": 2**16}, 2**24
+"""Weights that are in float32 at once: what stays in a core's cache, or 64 MiB; an output head would take GiBs."""
 
 
 class Int8Linear(FrozenLinear[Int8Config]):
@@ -40,12 +42,18 @@ class Int8Linear(FrozenLinear[Int8Config]):
     @classmethod
     def from_linear(cls, layer: nn.Linear, config: Int8Config, *, weight: Tensor | None = None) -> Self:
         """Quantize a layer's weight, or another one in its place; the layer stays as it is and its bias is shared."""
-        functional = dependencies.bitsandbytes("INT8").functional
         weight = layer.weight.detach() if weight is None else weight
+        made = cls._from_rows(weight, config, bias=layer.bias, source_dtype=layer.weight.dtype)
+        return made.train(layer.training)
+
+    @classmethod
+    def _from_rows(
+        cls, weight: Tensor, config: Int8Config, *, bias: nn.Parameter | None, source_dtype: torch.dtype
+    ) -> Self:
+        functional = dependencies.bitsandbytes("INT8").functional
         codes, absmax, _ = functional.int8_vectorwise_quant(weight.contiguous().half())
         packed = {"codes": codes, "absmax": absmax.view(torch.int32)}
-        made = cls(tuple(codes.shape), config, packed, bias=layer.bias, source_dtype=layer.weight.dtype)
-        return made.train(layer.training)
+        return cls((codes.shape[0], codes.shape[1]), config, packed, bias=bias, source_dtype=source_dtype)
 
     @classmethod
     def from_linear8bit(cls, layer: Any) -> Self:
@@ -65,14 +73,30 @@ class Int8Linear(FrozenLinear[Int8Config]):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight of shape ``(O, I)`` that :meth:`forward` multiplies with when it computes in ``dtype``."""
-        return self._dequantize(slice(None), dtype)
+        maxima = self.absmax[:, None]
+        if torch.compiler.is_compiling():  # one loop of its own making
+            return dequantize_rows(self.codes, maxima, dtype)
+        out = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        rows = max(1, _PIECE.get(self.codes.device.type, _LARGE) // max(1, out.shape[1]))
+        for start in range(0, len(out), rows):
+            part = slice(start, start + rows)
+            out[part] = dequantize_rows(self.codes[part], maxima[part], torch.float32)
+        return out
 
     def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield the rows of :meth:`dequantize` in order."""
         count = rows_at_once(self.codes.shape)
-        for begin in range(0, self.out_features, count):
-            yield self._dequantize(slice(begin, begin + count), dtype)
+        for begin in range(0, len(self.codes), count):
+            part = slice(begin, begin + count)
+            yield dequantize_rows(self.codes[part], self.absmax[part, None], dtype)
 
-    def _dequantize(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        maxima = self.absmax.view(torch.float32)[rows, None]
-        return (self.codes[rows] * maxima).mul_(_STEP).to(dtype)
+
+def dequantize_rows(codes: Tensor, maxima: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``code m / 127`` in ``float32``, rounded to ``dtype`` once.
+
+    Args:
+        codes: ``int8`` of shape ``(..., I)``.
+        maxima: ``float32`` bits of shape ``(..., 1)``.
+        dtype: Of the result.
+    """
+    return (codes * maxima.view(torch.float32)).mul_(_STEP).to(dtype)

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from lightning_lora import dependencies
 from lightning_lora.errors import QuantizationError, listing
-from lightning_lora.model.layers import require_adapters
+from lightning_lora.model.layers import replace, require_adapters
 from lightning_lora.model.progress import progress
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
-from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
+from lightning_lora.nn.base import QuantizedLinear, adopter_of, share_hooks, stored_weight
 from lightning_lora.nn.experts import StackedWeight
 from lightning_lora.nn.fingerprint import fingerprints
 from lightning_lora.quantization.config import NF4Config, QuantizationConfig
+from lightning_lora.quantization.edges import EMBEDDINGS, base_of, check_embeddings, edges
 from lightning_lora.quantization.expected_error import lossy
 from lightning_lora.quantization.formats import FrozenLayer, linear_class, quantized_linear
 from lightning_lora.quantization.frozen_linear import FrozenLinear
@@ -33,6 +34,7 @@ def quantize(
     *,
     device: torch.device | str | None = None,
     hold: str = "buffers",
+    embeddings: str | None = None,
 ) -> nn.Module:
     """Quantize the base layer under every adapted layer of ``model``, in place, and return the model.
 
@@ -53,38 +55,60 @@ def quantize(
         config: How to store the weights.
         device: Where to quantize, and where the packed layers then are; None keeps each layer where it is.
         hold: What packed weights are in their module: ``"buffers"``, or ``"parameters"``, which FSDP2 shards.
+        embeddings: ``"int8"`` stores embeddings and output heads in 8 bit, with an adapter or without, whatever
+            ``config`` says; a merge makes all of them dense again. None leaves those without an adapter as they are.
 
     Raises:
         AdapterError: If the model has no adapters.
-        QuantizationError: If a weight is on the meta device or not finite, if no layer can be quantized, or if a layer
-            cannot be whose adapter has ``init="loftq"``.
+        QuantizationError: If a weight is on the meta device or not finite, if no layer can be quantized, if a layer
+            cannot be whose adapter has ``init="loftq"``, or if ``embeddings`` are asked for and there are none, or one
+            shares its weight with another layer.
         UnsupportedError: If bitsandbytes is not installed.
-        ValueError: If ``hold`` is neither.
+        ValueError: If ``hold`` or ``embeddings`` is none of the choices.
     """
     if hold not in ("buffers", "parameters"):
         raise ValueError(f"hold must be 'buffers' or 'parameters', got {hold!r}")
+    check_embeddings(embeddings)
     layers = require_adapters(model)
+    waiting = {} if embeddings is None else edges(model)[0]
+    configs: dict[str, QuantizationConfig] = dict.fromkeys(waiting, EMBEDDINGS[embeddings or "int8"])
+    layers = {name: layer for name, layer in layers.items() if name not in waiting}
     kept = check_quantizable(layers, config, device)
     dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear | StackedWeight)}
     chosen = {name: layer for name, layer in dense.items() if name not in kept}
-    _check_weights(chosen)
+    waiting |= chosen
+    _check_weights(waiting)
     _warn_of_plain_starts(chosen, config)
     _refuse_waiting({name: layer for name, layer in layers.items() if name not in chosen}, kept)
-    origins = fingerprints({name: stored_weight(layer.base_layer) for name, layer in chosen.items()})
-    for name, layer in progress(chosen.items(), "quantizing"):
-        base = layer.base_layer
-        layer.base_layer = quantized = _quantized(layer, base if device is None else base.to(device), config)
+    origins = fingerprints({name: stored_weight(base_of(layer)) for name, layer in waiting.items()})
+    for name in progress(list(waiting), "quantizing"):
+        layer = waiting.pop(name)  # so that it can be freed before the next
+        quantized = _quantize(layer, configs.get(name, config), device)
+        quantized.edge = name in configs
         if name in origins:  # the dense weight is gone from here on, and files tell by it which base they belong to
             quantized.remember(origins[name])
-        if device is not None:
-            layer.adapters.to(device)
-        for name in layer.adapters:
-            layer.adapter(name).rebase(base, quantized)
+        if not isinstance(layer, AdaptedLayer):
+            share_hooks(layer, quantized)
+            replace(model, {layer: quantized})
     if hold == "parameters":  # those that were packed when they were loaded too
-        for layer in layers.values():
-            if isinstance(layer.base_layer, FrozenLinear):
-                layer.base_layer.hold_as_parameters()
+        for module in model.modules():
+            if isinstance(module, FrozenLinear):
+                module.hold_as_parameters()
     return model
+
+
+def _quantize(layer: nn.Module, config: QuantizationConfig, device: torch.device | str | None) -> FrozenLayer:
+    """Return the quantized base of a layer; an adapted one stands on it from then on."""
+    base = base_of(layer)
+    moved = base if device is None else base.to(device)
+    if not isinstance(layer, AdaptedLayer):
+        return pack(moved, config)
+    layer.base_layer = quantized = _quantized(layer, moved, config)
+    if device is not None:
+        layer.adapters.to(device)
+    for name in layer.adapters:
+        layer.adapter(name).rebase(base, quantized)
+    return quantized
 
 
 def check_quantizable(
@@ -147,8 +171,6 @@ def _dense_bases(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 def _refusal(base: nn.Module, config: QuantizationConfig, device: torch.device | str | None) -> str | None:
     """Why a layer stays dense, or None if it can be quantized."""
     label = config.name.upper()
-    if isinstance(base, StackedWeight) and not isinstance(config, NF4Config):
-        return f"experts are held in NF4 or not quantized, and this is {label}"
     if not isinstance(base, nn.Linear | StackedWeight):
         return f"{label} holds linear layers, and this is a {type(base).__name__}"
     where = torch.device(device) if device is not None else base.weight.device
@@ -202,7 +224,7 @@ def _warn_of_plain_starts(layers: Mapping[str, AdaptedLayer], config: Quantizati
 
 def _quantized(layer: AdaptedLayer, base: nn.Module, config: QuantizationConfig) -> FrozenLayer:
     """Quantize a base, without the start of the first active adapter that takes one off."""
-    if not isinstance(base, nn.Linear):  # adapters on experts take nothing off
+    if not isinstance(base, nn.Linear):  # adapters on experts and embeddings take nothing off
         return pack(base, config)
 
     def rounded(weight: Tensor) -> Tensor:
@@ -216,10 +238,9 @@ def _quantized(layer: AdaptedLayer, base: nn.Module, config: QuantizationConfig)
     return pack(base, config)
 
 
-def _check_weights(layers: Mapping[str, AdaptedLayer]) -> None:
+def _check_weights(layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
-        weight = layer.base_layer.weight
-        assert isinstance(weight, torch.Tensor)
+        weight = stored_weight(base_of(layer))
         if weight.is_meta:
             raise QuantizationError(f"{name} has no weight yet (meta device); load the weights before quantizing")
-        require_finite(name, layer.base_layer)
+        require_finite(name, base_of(layer))

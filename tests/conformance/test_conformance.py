@@ -81,8 +81,10 @@ SAMPLES = [
     Combination("lora", "linear", "nf2", "loftq"),
     Combination("lora", "linear", "int8", "pissa"),
     Combination("lora", "attention", "nf3", "kaiming"),
+    Combination("lora", "experts", "int8", "kaiming"),
+    Combination("lora", "transposed experts", "nf3", "kaiming"),
 ]
-"""Of the storages beside NF4: each alone, and each method over one of them."""
+"""Of the storages beside NF4: each alone, each method over one of them, and experts over two."""
 ALLOWED = [*(c for c in EVERY if not is_forbidden(c)), *SAMPLES]
 REFUSED = [c for c in EVERY if is_forbidden(c)]
 ZERO_UPDATE = {None, "kaiming", "gaussian", "eva"}

@@ -17,7 +17,7 @@ from lightning_lora import (
     summary,
 )
 from lightning_lora.model.layers import adapted_layers
-from lightning_lora.quantization.nf4_stack import NF4Stack
+from lightning_lora.quantization.stacks import NF4Stack
 from tests.callbacks.conftest import Module, loader
 from tests.conftest import relative_difference
 from tests.nn.test_experts import mixtral, qwen2, qwen3

@@ -29,7 +29,7 @@ from lightning_lora import (
 from lightning_lora.nn.base import QuantizedLinear
 from lightning_lora.nn.fingerprint import fingerprints
 from lightning_lora.quantization.nf4 import NF4Linear
-from lightning_lora.quantization.nf4_stack import NF4Stack
+from lightning_lora.quantization.stacks import NF4Stack
 from tests.conftest import Net, randomize
 from tests.loading.folders import assert_same_base, load_then_quantize, same_bits, untouched, written
 

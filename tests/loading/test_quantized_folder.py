@@ -195,10 +195,10 @@ DAMAGE = {
     "lacks 'downs.0.absmax'": lambda _, tensors: tensors.pop("downs.0.absmax"),
     "has no downs.7": lambda entry, _: entry["layers"].update({"downs.7": entry["layers"]["downs.0"]}),
     "downs.0 does not fit the model: 'nf5' is no": lambda entry, _: layer(entry, storage="nf5"),
-    "downs.0 does not fit the model: a weight of": lambda entry, _: layer(entry, storage="nf4/32 double-quantized"),
-    "downs.0 does not fit the model: constants of": lambda entry, _: layer(entry, storage="nf4/64"),
+    "as nf4/32 double-quantized is codes": lambda entry, _: layer(entry, storage="nf4/32 double-quantized"),
+    "as nf4/64 is codes": lambda entry, _: layer(entry, storage="nf4/64"),
     "downs.0 does not fit the model: compute_dtype": lambda entry, _: layer(entry, compute_dtype="int8"),
-    "embed is a linear layer there": lambda entry, _: entry["layers"].update(embed=entry["layers"]["downs.0"]),
+    "lacks 'embed.codes'": lambda entry, _: entry["layers"].update(embed=entry["layers"]["downs.0"]),
     "damaged header (ValueError(\"'float12'": lambda entry, _: layer(entry, dtype="float12"),
     "damaged header (KeyError": lambda entry, _: entry.pop("sha256"),
     "is of format 9": lambda entry, _: entry.update(version=9),
@@ -244,7 +244,7 @@ def test_other_names_for_files_leave_those_of_a_model_alone(tmp_path):
     """What is written under one naming is never swept by a save under another."""
     from lightning_lora.io.shards import QUANTIZED, Part
 
-    parts = [Part({name: torch.ones(64)}, lambda name=name: {name: torch.ones(64)}) for name in ("a", "b")]
+    parts = [Part({name: torch.ones(64)}, lambda name=name: [(name, torch.ones(64))]) for name in ("a", "b")]
     for naming in (None, QUANTIZED):
         for size in ("300B", "5GB", "300B"):
             chosen = {} if naming is None else {"naming": naming}

@@ -13,7 +13,7 @@ from lightning_lora import LoRAConfig, TargetError, delete_adapter, disabled, in
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.targets import resolve
 from lightning_lora.nn.split_experts import SplitExperts
-from lightning_lora.quantization.nf4_stack import NF4Stack
+from lightning_lora.quantization.stacks import NF4Stack
 from tests.conftest import randomize, relative_difference
 
 transformers = pytest.importorskip("transformers")

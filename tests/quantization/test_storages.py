@@ -26,9 +26,11 @@ from lightning_lora import (
 )
 from lightning_lora.kernels.packed import DTYPES
 from lightning_lora.quantization.config import CodebookConfig, QuantizationConfig, packed_bytes
-from lightning_lora.quantization.formats import CONFIGS, blank_linear, from_storage, quantized_linear
+from lightning_lora.quantization.formats import CONFIGS, from_storage, quantized_linear
 from lightning_lora.quantization.fp4 import FP4Linear
 from lightning_lora.quantization.int8 import Int8Linear
+from lightning_lora.quantization.pack import blank_layer
+from tests.conformance.combinations import Experts, TransposedExperts
 from tests.conftest import randomize, relative_difference
 
 EVERY = pytest.mark.parametrize("config", [config() for config in CONFIGS.values()], ids=list(CONFIGS))
@@ -94,7 +96,7 @@ def test_a_config_says_every_tensor_of_a_quantized_layer_before_there_is_one(nam
     tensors = {name: getattr(stored, name) for name in stored.tensors}
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == config.layout(*shape)
     assert packed_bytes(config, *shape) == sum(tensor.nbytes for tensor in tensors.values())
-    blank = blank_linear(linear(*shape), config).state_dict()
+    blank = blank_layer(linear(*shape), config).state_dict()
     assert {k: (v.shape, v.dtype) for k, v in blank.items()} == {
         k: (v.shape, v.dtype) for k, v in stored.state_dict().items()
     }
@@ -140,6 +142,21 @@ def in_float64(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     adapter = layer.adapter("default")
     update = adapter.config.scale * adapter.lora_B.double() @ adapter.lora_A.double()
     return layer.base_layer.dequantize(torch.float32).double(), update.detach()
+
+
+@EVERY
+@pytest.mark.parametrize("kind", [Experts, TransposedExperts])
+def test_experts_are_one_weight_below_the_other_and_merge_to_the_trained_function(config, kind):
+    model = nn.Sequential(kind())
+    rows = model[0].up.detach().flatten(0, 1)
+    adapted(inject(model, "0.up", LoRAConfig(r=2)), config)
+    packed = model[0].up.base_layer
+    assert packed.storage == config.storage
+    alone = quantized_linear(linear(*rows.shape), config, weight=rows)
+    assert torch.equal(packed.dequantize(torch.float32), alone.dequantize(torch.float32).view(packed.shape))
+    x = torch.randn(5, 16)
+    expected = randomize(model)(x)
+    assert relative_difference(merge(model)(x), expected) <= 1e-5  # float32, another order of summation
 
 
 @EVERY
