@@ -9,6 +9,7 @@ from lightning_lora.errors import (
     AdapterError,
     CheckpointError,
     GradientError,
+    LoadError,
     LoRAError,
     MergeError,
     OptimizerError,
@@ -22,6 +23,9 @@ from lightning_lora.io.adapter_folder import adapter_state_dict, load_adapter, s
 from lightning_lora.io.export import export_merged
 from lightning_lora.io.hub import pull_adapter, push_adapter
 from lightning_lora.io.several import load_adapters, save_adapters
+from lightning_lora.loading.load_base import load_base
+from lightning_lora.loading.load_quantized import load_quantized
+from lightning_lora.loading.save_quantized import save_quantized
 from lightning_lora.model.active import activate, delete_adapter, disabled
 from lightning_lora.model.combine import combine
 from lightning_lora.model.eva import initialize_eva
@@ -34,7 +38,10 @@ from lightning_lora.nn.chunked_cross_entropy import chunked_cross_entropy
 from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.nn.lora_fa import LoRAFAConfig
+from lightning_lora.nn.parameters_on_meta import parameters_on_meta
 from lightning_lora.nn.vera import VeRAConfig
+from lightning_lora.optim.badam import BAdam
+from lightning_lora.optim.galore_adamw import GaLore
 from lightning_lora.optim.lora_plus import param_groups
 from lightning_lora.quantization import adopt as _adopt  # noqa: F401 (registers bitsandbytes' layers as bases)
 from lightning_lora.quantization.config import FP4Config, Int8Config, NF2Config, NF3Config, NF4Config
@@ -48,9 +55,11 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterError",
     "AdapterMonitor",
+    "BAdam",
     "CheckpointError",
     "DoRAConfig",
     "FP4Config",
+    "GaLore",
     "GradientError",
     "Int8Config",
     "LoRACLI",
@@ -60,6 +69,7 @@ __all__ = [
     "LoRAError",
     "LoRAFAConfig",
     "LoRAStrategy",
+    "LoadError",
     "MergeError",
     "NF2Config",
     "NF3Config",
@@ -84,15 +94,19 @@ __all__ = [
     "inject",
     "load_adapter",
     "load_adapters",
+    "load_base",
     "load_from_checkpoint",
+    "load_quantized",
     "merge",
     "param_groups",
+    "parameters_on_meta",
     "pull_adapter",
     "push_adapter",
     "quantize",
     "routed",
     "save_adapter",
     "save_adapters",
+    "save_quantized",
     "summary",
 ]
 

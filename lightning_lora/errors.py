@@ -25,6 +25,10 @@ class QuantizationError(LoRAError):
     """A base weight cannot be held in few bits."""
 
 
+class LoadError(LoRAError):
+    """The files of a base model are damaged, or do not fit the model they are loaded into."""
+
+
 class OptimizerError(LoRAError):
     """The optimizer does not hold exactly what is trained, or cannot be swapped for an equal one."""
 

@@ -123,6 +123,7 @@ def _is_replaced(child: nn.Module) -> bool:
 
 
 def _inject(module: LightningModule, settings: Settings, device: torch.device, start: Start) -> Owners:
+    _check_stored(module, settings.quantization)
     where = None if device.type == "cpu" else device
     packed = _packed_weights(module)
     if settings.adapter is not None:
@@ -144,6 +145,22 @@ def _inject(module: LightningModule, settings: Settings, device: torch.device, s
         quantize(module, settings.quantization, device=where)
         require_equal_bases(_taken_off(module))
     return owners
+
+
+def _check_stored(module: nn.Module, config: QuantizationConfig | None) -> None:
+    """See that layers that were quantized when they were loaded are what the settings ask for."""
+    wanted = "None" if config is None else config.storage
+    others = {
+        name: layer.storage
+        for name, layer in module.named_modules()
+        if isinstance(layer, QuantizedLinear) and layer.origin is not None and layer.storage != wanted
+    }
+    if others:
+        storage = next(iter(others.values()))
+        raise AdapterError(
+            f"{listing(others)} is stored as {storage} already, and the callback asks for quantization={wanted}. Pass "
+            f"the same to both: quantization={storage.partition('/')[0]!r}, or the config that load_base was given"
+        )
 
 
 def planned(module: nn.Module, settings: Settings) -> Plan:

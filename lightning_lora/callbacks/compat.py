@@ -17,6 +17,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.strategies.strategy import Strategy
 
 from lightning_lora.errors import UnsupportedError, listing
+from lightning_lora.optim.badam import BAdam
 
 _CONFLICTS: dict[type[Callback], str] = {
     BaseFinetuning: "freezes and unfreezes the same parameters",
@@ -65,7 +66,7 @@ def check_trainer(trainer: Trainer, lora: Callback) -> None:
                 raise UnsupportedError(f"{type(other).__name__} {reason}. Drop one of the two callbacks")
 
 
-def check_sharding(strategy: ModelParallelStrategy, *, merge: bool, output_dir: object, paged_8bit: bool) -> None:
+def check_sharding(strategy: ModelParallelStrategy, *, merge: bool, output_dir: object, swapped: bool) -> None:
     """Refuse settings that need the whole model in one process, which sharding avoids.
 
     Raises:
@@ -74,7 +75,7 @@ def check_sharding(strategy: ModelParallelStrategy, *, merge: bool, output_dir: 
     wanted = {
         "LoRACallback(merge=False)": merge,
         "LoRACallback(output_dir=None)": output_dir is not None,
-        "LoRACallback(optimizer=None)": paged_8bit,
+        "LoRACallback(optimizer=None)": swapped,
         "ModelParallelStrategy(save_distributed_checkpoint=False)": strategy._save_distributed_checkpoint,
     }
     change = [setting for setting, needed in wanted.items() if needed]
@@ -83,6 +84,19 @@ def check_sharding(strategy: ModelParallelStrategy, *, merge: bool, output_dir: 
             f"over a sharded model pass {listing(change)}. Adapters are small: their checkpoint is one file, and "
             "load_from_checkpoint(...) then merge(...) in one process gives the merged model. bitsandbytes' optimizers "
             "do not know sharded parameters"
+        )
+
+
+def check_turns(strategy: Strategy, swap: object) -> None:
+    """Refuse processes that would wait for gradients of blocks whose turn it is not.
+
+    Raises:
+        UnsupportedError: Naming the optimizers that work.
+    """
+    if isinstance(swap, BAdam) and not isinstance(strategy, SingleDeviceStrategy):
+        raise UnsupportedError(
+            f"optimizer='badam' freezes all blocks but one, and {type(strategy).__name__} expects a gradient of every "
+            "parameter it began with. Use one device, or optimizer='galore_adamw'"
         )
 
 

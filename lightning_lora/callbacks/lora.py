@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,7 +22,8 @@ from lightning_lora.callbacks.activation_checkpointing import checkpoint_blocks
 from lightning_lora.callbacks.adapting import Start, adapt, network, unstarted, waits_for_data
 from lightning_lora.callbacks.averaging import adapt_early, averagers, check_averagers, check_norms, set_averages_aside
 from lightning_lora.callbacks.checkpoints import check_optimizers, complete_checkpoint, reduce_checkpoint
-from lightning_lora.callbacks.compat import check_sharding, check_trainer
+from lightning_lora.callbacks.compat import check_sharding, check_trainer, check_turns
+from lightning_lora.callbacks.copying import CopiedAsSet
 from lightning_lora.callbacks.finetune import FINETUNES, FineTune
 from lightning_lora.callbacks.from_data import check_trainer_for_data, from_checkpoint, from_loader
 from lightning_lora.callbacks.gradients import check_gradients, check_loss
@@ -34,33 +35,33 @@ from lightning_lora.callbacks.saving import ON_SAVE_ERROR, guard_saves, told
 from lightning_lora.callbacks.settings import (
     BASELINES,
     EVA_BATCHES,
-    OPTIMIZERS,
     Settings,
     as_config,
     as_quantization,
+    as_swap,
     as_tuple,
     check_choice,
     with_configs,
 )
 from lightning_lora.callbacks.sharded import full_state, load_sharded
 from lightning_lora.callbacks.wraps import Undo, substitute, wrap
-from lightning_lora.errors import OptimizerError, listing
-from lightning_lora.io.adapter_folder import save_adapter
+from lightning_lora.errors import AdapterError, OptimizerError, listing
+from lightning_lora.io.adapter_folder import check_savable, save_adapter
 from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.export import write_model
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.targets import ALL_LINEAR
 from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.optim.badam import BAdam
+from lightning_lora.optim.galore_adamw import GaLore
 from lightning_lora.optim.lora_plus import check_rate
 from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import check_references, rewrite_optimizers
 from lightning_lora.quantization.formats import AnyConfig
 
-_OF_A_RUN = ("_undo", "_remerge", "_checked", "_accumulating", "_resumption")
 
-
-class LoRACallback(Callback):
+class LoRACallback(CopiedAsSet):
     """Fine-tunes a LightningModule with LoRA, over a base in 4 bits unless told otherwise.
 
     When the model stands (after ``__init__``, ``setup`` and ``configure_model``), adapters are put into its linear
@@ -93,7 +94,9 @@ class LoRACallback(Callback):
         quantization: ``"nf4"``, ``"fp4"``, ``"nf3"``, ``"nf2"`` (with ``init="loftq"``), ``"int8"``, their
             configs (``NF4Config(block_size=128)``), or None for a base in its own precision (plain LoRA). ``"auto"`` is
             ``"nf4"`` under adapters and None for the methods without.
-        optimizer: ``"paged_adamw_8bit"``, or None to keep the class ``configure_optimizers`` returns.
+        optimizer: What ``torch.optim.Adam`` and ``AdamW`` become: ``"paged_adamw_8bit"``; with ``method="full"`` also
+            ``"galore_adamw"`` or ``"badam"``, or with values ``GaLore(rank=64)``, ``BAdam(switch_every=50)`` (from
+            YAML ``{name: galore_adamw, rank: 64}``). None keeps the class ``configure_optimizers`` returns.
         lr_ratio: The learning rate of every factor ``B`` is this multiple of what its optimizer group has (LoRA+, which
             recommends 16); schedulers go on with both.
         merge: Whether to merge at the end of training.
@@ -111,6 +114,8 @@ class LoRACallback(Callback):
         ValueError: If a value is none of the choices, or of no use for the method.
     """
 
+    of_a_run: ClassVar[tuple[str, ...]] = ("_undo", "_remerge", "_checked", "_accumulating", "_resumption")
+
     def __init__(
         self,
         targets: str | Iterable[str] | Mapping[str, AdapterConfig | dict[str, Any]] = ALL_LINEAR,
@@ -125,7 +130,7 @@ class LoRACallback(Callback):
         train: str | Iterable[str] = (),
         train_bias: str = "none",
         quantization: str | AnyConfig | None = "auto",
-        optimizer: str | None = "paged_adamw_8bit",
+        optimizer: str | GaLore | BAdam | dict[str, Any] | None = "paged_adamw_8bit",
         lr_ratio: float = 1.0,
         merge: bool = True,
         output_dir: str | Path | None = None,
@@ -136,8 +141,6 @@ class LoRACallback(Callback):
     ) -> None:
         super().__init__()
         check_choice("on_save_error", on_save_error, ON_SAVE_ERROR)
-        if optimizer is not None:
-            check_choice("optimizer", optimizer, OPTIMIZERS)
         check_rate("lr_ratio", lr_ratio)
         if method in BASELINES and lr_ratio != 1.0:
             raise ValueError(f"method={method!r} has no factors A and B, so lr_ratio={lr_ratio} does nothing; drop it")
@@ -153,7 +156,7 @@ class LoRACallback(Callback):
             adapter=adapter,
             eva_batches=eva_batches,
         )
-        self.paged_8bit = optimizer is not None
+        self.swap = as_swap(optimizer, method)
         self.lr_ratio = lr_ratio
         self.merge = merge
         self.output_dir = output_dir
@@ -163,15 +166,6 @@ class LoRACallback(Callback):
             else tuple(activation_checkpointing)
         )
         self.on_save_error = on_save_error
-        self._begin()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy takes along how this callback is set, not the run (and with it the Trainer and model) it is in."""
-        return {name: value for name, value in vars(self).items() if name not in (*_OF_A_RUN, "log", "log_dict")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Be as new, and set in the same way."""
-        vars(self).update(state)
         self._begin()
 
     def _begin(self) -> None:
@@ -187,6 +181,7 @@ class LoRACallback(Callback):
         """Arrange for the model to be adapted once it stands, for its optimizers, and for its checkpoints."""
         self._release()
         check_trainer(trainer, self)
+        check_turns(trainer.strategy, self.swap)
         check_averagers(trainer, self, quantized=self.settings.quantization is not None)
         self._begin()
         # No hook lies between configure_model and the restoring of a checkpoint, none between configure_optimizers and
@@ -327,7 +322,7 @@ class LoRACallback(Callback):
             strategy,
             merge=self.merge and self.settings.has_adapters,
             output_dir=self.output_dir,
-            paged_8bit=self.paged_8bit,
+            swapped=self.swap is not None,
         )
         self._undo += [
             substitute(strategy, "lightning_module_state_dict", partial(full_state, module)),
@@ -356,10 +351,23 @@ class LoRACallback(Callback):
         finetune = adapt(module, self.settings, device=device, training=training, start=start)
         if training:
             finetune.thaw(module)
+            self._check_output(module, finetune)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             require_sharded(module)
         if isinstance(trainer.strategy, DDPStrategy):
             self._undo.append(spare_quantized_buffers(module))
+
+    def _check_output(self, module: LightningModule, finetune: FineTune) -> None:
+        """See that the end of training can write what ``output_dir`` asks for, rather than fail there."""
+        if self.output_dir is None or not finetune.layers:
+            return
+        try:
+            check_savable(network(module))
+        except AdapterError as error:
+            raise AdapterError(
+                f"output_dir={str(self.output_dir)!r} could not get the adapter at the end of training: {error}. To "
+                "train it all the same, drop output_dir"
+            ) from None
 
     def _rewrite_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
         strategy = trainer.strategy
@@ -375,7 +383,7 @@ class LoRACallback(Callback):
             module,
             built,
             schedulers,
-            paged_8bit=self.paged_8bit,
+            swap=self.swap,
             lr_ratio=self.lr_ratio,
             owners=finetune.owners,
             names={p: canonical(name) for name, p in module.named_parameters()},
@@ -384,6 +392,8 @@ class LoRACallback(Callback):
             check_references(module, built, strategy.optimizers)
         for optimizer in strategy.optimizers:
             rank_zero_info(f"LoRA: {optimizer_report(optimizer)}")
+        if isinstance(self.swap, BAdam):  # it freezes what waits for its turn
+            self._undo.append(partial(finetune.thaw, module))
 
     def _before_load(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if waits_for_data(module, self.settings):

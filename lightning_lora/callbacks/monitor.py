@@ -6,15 +6,16 @@ It decides *when* to look. What is looked at stands in ``probes``, and is define
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lora.callbacks.copying import CopiedAsSet
 from lightning_lora.callbacks.probes import PROBES, Probe, Values
 from lightning_lora.callbacks.settings import as_tuple, check_choice
 from lightning_lora.errors import AdapterError, UnsupportedError
@@ -24,7 +25,7 @@ from lightning_lora.model.layers import adapted_layers
 DETAIL = ("model", "layers")
 
 
-class AdapterMonitor(Callback):
+class AdapterMonitor(CopiedAsSet):
     """Logs what the adapters do: how far they have moved the weights, over how many directions, how fast, how costly.
 
     Every ``every_n_steps`` optimizer steps, and once more at the end of training, these go to every logger of the
@@ -54,6 +55,8 @@ class AdapterMonitor(Callback):
         ValueError: If a value is none of the choices.
     """
 
+    of_a_run: ClassVar[tuple[str, ...]] = ("_probes", "_logged", "_stepped")
+
     def __init__(
         self,
         every_n_steps: int = 50,
@@ -72,15 +75,6 @@ class AdapterMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.detail = detail
         self.tokens: Where = tokens
-        self._begin()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy takes along how this callback is set, not the run it is in."""
-        return {name: value for name, value in vars(self).items() if name not in (*_OF_A_RUN, "log", "log_dict")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Be as new, and set in the same way."""
-        vars(self).update(state)
         self._begin()
 
     def _begin(self) -> None:
@@ -182,7 +176,6 @@ class AdapterMonitor(Callback):
 
 
 PREFIX = "lora/"
-_OF_A_RUN = ("_probes", "_logged", "_stepped")
 
 
 def _step(trainer: Trainer) -> int:

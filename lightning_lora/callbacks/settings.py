@@ -10,23 +10,23 @@ from typing import Any
 from lightning_lora.errors import listing
 from lightning_lora.model.biases import TRAIN_BIAS
 from lightning_lora.model.targets import ALL_LINEAR
+from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
 from lightning_lora.nn.lora_fa import LoRAFAConfig
 from lightning_lora.nn.low_rank import LowRankConfig
 from lightning_lora.nn.vera import VeRAConfig
+from lightning_lora.optim.swaps import FOR_FULL_TRAINING, SWAPS, AnySwap
 from lightning_lora.quantization.config import QuantizationConfig
 from lightning_lora.quantization.formats import CONFIGS
 
-Config = LowRankConfig | VeRAConfig
-METHODS: dict[str, type[Config]] = {
+METHODS: dict[str, type[AdapterConfig]] = {
     config.method: config for config in (LoRAConfig, DoRAConfig, LoRAFAConfig, VeRAConfig)
 }
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(LoRAConfig)}
 """The callback's arguments that a method may have, and what they are unless given."""
 BASELINES = ("freeze", "full")
 """Methods without adapters, to compare with: some modules trained and the rest frozen, or everything trained."""
-OPTIMIZERS = ("paged_adamw_8bit",)
 EVA_BATCHES = 32
 
 
@@ -52,7 +52,7 @@ class Settings:
 
     method: str = "lora"
     targets: Any
-    config: Config
+    config: AdapterConfig
     exclude: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
     train_bias: str = "none"
@@ -138,7 +138,35 @@ def as_quantization(value: str | QuantizationConfig | None, method: str) -> Quan
     return CONFIGS[str(value)]()
 
 
-def as_config(method: str, **values: Any) -> Config:
+def as_swap(value: str | Mapping[str, Any] | AnySwap | None, method: str) -> AnySwap | None:
+    """What Adam and AdamW become: by name, as its value, or as YAML gives it, ``{"name": "badam", "order": ...}``.
+
+    Raises:
+        ValueError: If there is none of that name, or it is for full training and the method another.
+        TypeError: If a value has no such field.
+    """
+    if value is None:
+        return None
+    swap = value if type(value) in SWAPS.values() else None
+    if swap is None:
+        given = dict(value) if isinstance(value, Mapping) else {"name": value}
+        name = given.pop("name", None)
+        check_choice("optimizer", name, SWAPS)
+        unknown = sorted(set(given) - {field.name for field in fields(SWAPS[str(name)])})
+        if unknown:
+            known = listing(field.name for field in fields(SWAPS[str(name)])) or "none"
+            raise ValueError(f"optimizer {name!r} has no {listing(unknown)}; its fields are {known}")
+        swap = SWAPS[str(name)](**given)
+    if isinstance(swap, FOR_FULL_TRAINING) and method != "full":
+        raise ValueError(
+            f"optimizer={swap.name!r} saves memory where whole matrices are trained, and method={method!r} does not. "
+            "Use method='full', or optimizer='paged_adamw_8bit'"
+        )
+    assert isinstance(swap, AnySwap)
+    return swap
+
+
+def as_config(method: str, **values: Any) -> AdapterConfig:
     """Return the config of a method, from the callback's arguments; without adapters, that of LoRA.
 
     Raises:
@@ -153,7 +181,7 @@ def as_config(method: str, **values: Any) -> Config:
     return kind(**{name: value for name, value in values.items() if name in has})
 
 
-def with_configs(targets: Any, config: Config) -> Any:
+def with_configs(targets: Any, config: AdapterConfig) -> Any:
     """Turn the dicts of a target mapping (as YAML gives them) into configs; other fields are the callback's."""
     if not isinstance(targets, Mapping):
         return targets if isinstance(targets, str) else tuple(targets)

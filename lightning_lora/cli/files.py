@@ -14,6 +14,8 @@ from lightning_lora.io.conversion import checkpoint_to_folder, folder_to_checkpo
 from lightning_lora.io.inspection import inspect as inspected
 from lightning_lora.io.inspection import kind_of_path, require_sound
 from lightning_lora.io.merge_files import check_against
+from lightning_lora.io.quantized_header import check_sums
+from lightning_lora.io.shards import QUANTIZED
 
 _SHOWN = 40
 _PICKLES = (".bin", ".pt", ".pth")
@@ -54,12 +56,16 @@ def verify(options: argparse.Namespace) -> int:
         "adapter": ["files complete", "settings and header agree", "tensors finite"],
         "checkpoint": ["file readable without running code", "adapter complete", "tensors finite"],
         "merged": ["files complete", "header and sizes agree"],
+        "quantized": ["files complete", "header and sizes agree"],
     }[kind]
     if found.get("written_by") == "lightning_lora":
         checked.append("SHA-256 of every tensor")
     if kind == "merged":
         require_sound(BaseFiles(path))
         checked.append("tensors finite")
+    if kind == "quantized":
+        check_sums(BaseFiles(path, QUANTIZED))
+        checked.append("SHA-256 of every tensor")
     unknown = check_against(options.base, path) if options.base is not None else []
     if options.base is not None:
         checked.append(f"names and shapes fit {options.base}")

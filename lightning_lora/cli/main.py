@@ -166,7 +166,7 @@ def _add_files(commands: argparse._SubParsersAction[argparse.ArgumentParser], sh
             "programs can read it."
         ),
     )
-    inspect.add_argument("path", help="adapter folder, .ckpt file, or folder of a merged model")
+    inspect.add_argument("path", help="adapter folder, .ckpt file, or folder of a merged model or a quantized base")
     inspect.add_argument("--json", action="store_true", help="print it as JSON")
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser(

@@ -6,8 +6,8 @@ forward and backward pass allocate, whatever the model. What the optimizer keeps
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_lora.errors import AdapterError
 from lightning_lora.estimation.hollow import hollow_batch, hollow_model
-from lightning_lora.estimation.methods import method_of, trained_parameters
-from lightning_lora.estimation.optimizers import step_workspace
+from lightning_lora.estimation.methods import prepare, trained_at_once, trained_parameters
+from lightning_lora.estimation.optimizers import state_bytes, step_workspace
 from lightning_lora.estimation.replay import Step, default_step, held, recompute, replay
-from lightning_lora.estimation.setup import Setup
+from lightning_lora.estimation.setup import HasSetup, Setup
 from lightning_lora.model.layers import adapted_layers
 
 _DEFAULT = Setup()
@@ -49,7 +49,15 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
-        return {**asdict(self), "parts": dict(self.parts), "notes": list(self.notes), "total": self.total}
+        setup = {field.name: _plain(getattr(self.setup, field.name)) for field in fields(self.setup)}
+        return {
+            "setup": setup,
+            "parts": dict(self.parts),
+            "parameters": self.parameters,
+            "trainable": self.trainable,
+            "notes": list(self.notes),
+            "total": self.total,
+        }
 
     def __str__(self) -> str:
         rows = [*self.parts.items(), ("total", self.total)]
@@ -58,7 +66,14 @@ class Estimate:
         return "\n".join([head, *lines, *self.notes])
 
 
-def estimate(model: nn.Module, batch: Any, setup: Setup = _DEFAULT, *, step: Step = default_step) -> Estimate:
+def estimate(
+    model: nn.Module,
+    batch: Any,
+    setup: Setup | HasSetup = _DEFAULT,
+    *,
+    step: Step = default_step,
+    shared: Sequence[object] = (),
+) -> Estimate:
     """Tell how much memory fine-tuning ``model`` takes, from shapes alone.
 
     Counted are PyTorch's tensors. What a CUDA context takes (some 0.5 GB), what its allocator loses between tensors,
@@ -67,26 +82,32 @@ def estimate(model: nn.Module, batch: Any, setup: Setup = _DEFAULT, *, step: Ste
     Args:
         model: Any module, on any device; on the meta device it needs no memory. It stays as it is.
         batch: What ``step`` takes, of which only shapes and dtypes are read; tensors may be on the meta device.
-        setup: How it is fine-tuned.
+        setup: How it is fine-tuned: a :class:`Setup`, or a :class:`lightning_lora.LoRACallback`.
         step: From model and batch to the loss; as it stands ``training_step(batch, 0)``, ``model(**batch).loss`` or
             ``model(batch)``.
+        shared: What of the model is not to be copied, such as a Trainer.
 
     Raises:
         AdapterError: If the model holds adapters.
+        QuantizationError: If none of its layers can be stored as the setup says.
         TargetError: If a pattern does not fit the model.
         TypeError: If there is no loss.
         UnsupportedError: If the forward pass decides by numbers in tensors.
     """
+    setup = setup if isinstance(setup, Setup) else setup.as_setup()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        hollow, notes = _prepared(model, setup)
+        hollow, notes = _prepared(model, setup, shared)
         recompute(hollow, setup.activation_checkpointing)
         trained = trained_parameters(hollow)
-        state, workspace = _optimizer(trained, setup)
-        parts = replay(hollow, hollow_batch(batch), step, setup, state, workspace)
-    return Estimate(setup, parts, _count(model), sum(p.numel() for p in trained.values()), (*notes, *_formula(setup)))
+        turns = trained_at_once(hollow, setup)
+        found = [_step(hollow, hollow_batch(batch), step, setup, turn) for turn in turns]
+    most = max(found, key=lambda parts: sum(parts.values()))
+    if len(turns) > 1:
+        notes = [*notes, f"trained at a time: {max(map(_size, turns)):,} parameters at most"]
+    return Estimate(setup, most, _size(model.parameters()), _size(trained.values()), tuple(notes))
 
 
-def standing(model: nn.Module, setup: Setup = _DEFAULT) -> dict[str, int]:
+def standing(model: nn.Module, setup: Setup | HasSetup = _DEFAULT) -> dict[str, int]:
     """Return the bytes of what stays from step to step, whatever the batch: weights, adapters, optimizer.
 
     Args:
@@ -97,32 +118,43 @@ def standing(model: nn.Module, setup: Setup = _DEFAULT) -> dict[str, int]:
         AdapterError: If the model holds adapters.
         TargetError: If a pattern does not fit the model.
     """
+    setup = setup if isinstance(setup, Setup) else setup.as_setup()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        hollow, _ = _prepared(model, setup)
-        return held(hollow) | {"optimizer": _optimizer(trained_parameters(hollow), setup)[0]}
+        hollow, _ = _prepared(model, setup, ())
+        state = max(state_bytes(setup.update_rule, turn) for turn in trained_at_once(hollow, setup))
+        return held(hollow) | {"optimizer": state}
 
 
-def _prepared(model: nn.Module, setup: Setup) -> tuple[nn.Module, list[str]]:
+def _prepared(model: nn.Module, setup: Setup, shared: Sequence[object]) -> tuple[nn.Module, list[str]]:
     """A hollow model as it is trained, and what has to be known of it."""
     if adapted_layers(model):
         raise AdapterError("the model holds adapters already; estimate the model they were put into, or merge(it)")
-    hollow = hollow_model(model, None).train()
-    notes = method_of(setup).prepare(hollow, setup)
-    # Adapters are made in float32, and with the -true precisions cast together with the model.
-    return (hollow if setup.is_mixed else hollow_model(hollow, setup.dtype)), notes
+    hollow = hollow_model(model, shared=shared).train()
+    notes = prepare(hollow, setup)
+    if setup.casts:  # with the -true precisions; adapters stay in float32
+        hollow = hollow_model(hollow, setup.dtype, shared=shared)
+    return hollow, notes
 
 
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def _step(model: nn.Module, batch: Any, step: Step, setup: Setup, turn: Sequence[nn.Parameter]) -> dict[str, int]:
+    """The parts at the peak of a step that trains these parameters."""
+    ids = {id(parameter) for parameter in turn}
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in before:
+        parameter.requires_grad_(id(parameter) in ids)
+    workspace = step_workspace(setup.update_rule, turn, setup.device)
+    parts = replay(model, batch, step, setup, state_bytes(setup.update_rule, turn), workspace)
+    for parameter, trained in before.items():
+        parameter.requires_grad_(trained)
+    return parts
 
 
-def _optimizer(trained: Mapping[str, Tensor], setup: Setup) -> tuple[int, int]:
-    """Bytes that an optimizer keeps, and that an update needs."""
-    method = method_of(setup)
-    workspace = 0 if method.by_formula else step_workspace(setup.optimizer, trained.values(), setup.device)
-    return method.state_bytes(trained, setup), workspace
+def _size(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
-def _formula(setup: Setup) -> tuple[str, ...]:
-    source = method_of(setup).by_formula
-    return (f"optimizer: by formula ({source}), not measured",) if source else ()
+def _plain(value: Any) -> Any:
+    """A value of a setup for JSON: configs as their representation."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return value if value is None or isinstance(value, str | int | tuple) else repr(value)

@@ -6,6 +6,7 @@ not seen.
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -21,7 +22,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, as a context, bytes in use by label, now and at the moment when they were the most.
 
     Over tensors without values it also answers what a forward pass asks of values: a condition holds (``mask.all()``:
-    nothing is masked).
+    nothing is masked), and a number of floating point, which is mostly written down, is NaN.
 
     Attributes:
         label: What tensors are put under that operations make from now on.
@@ -78,7 +79,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def _answer(value: Tensor) -> bool:
+def _answer(value: Tensor) -> bool | float:
+    if value.is_floating_point():  # a loss that is written down; NaN becomes no size, and compares with nothing
+        return math.nan
     if value.dtype != torch.bool:
         raise UnsupportedError(
             f"the forward pass reads a number of {value.dtype} out of a tensor (int(x), x.item()), and an estimate has "

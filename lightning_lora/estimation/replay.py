@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -82,7 +83,7 @@ def replay(model: nn.Module, batch: Any, step: Step, setup: Setup, state: int, w
     """
     trained = list(trained_parameters(model).values())
     ledger = Ledger("activations")
-    with ledger:
+    with ledger, ExitStack() as hooks:
         _hold(ledger, model)
         for leaf in tree_leaves(batch):
             if isinstance(leaf, Tensor):
@@ -90,8 +91,9 @@ def replay(model: nn.Module, batch: Any, step: Step, setup: Setup, state: int, w
         for parameter in trained:  # Lightning gives those of the last step up after the forward pass
             parameter.grad = torch.empty_like(parameter)
             ledger.hold(parameter.grad, "gradients")
-            parameter.register_post_accumulate_grad_hook(partial(_hold_gradient, ledger))  # type: ignore[no-untyped-call]
-        seen = _watch_head(ledger, model)
+            handle = parameter.register_post_accumulate_grad_hook(partial(_hold_gradient, ledger))  # type: ignore[no-untyped-call]
+            hooks.callback(handle.remove)
+        seen = _watch_head(ledger, model, hooks)
         with torch.autocast("cpu", setup.dtype, enabled=setup.is_mixed):
             loss = step(model, batch)
         for parameter in trained:
@@ -100,6 +102,8 @@ def replay(model: nn.Module, batch: Any, step: Step, setup: Setup, state: int, w
             ledger.label = "workspace"
         loss.backward()  # type: ignore[no-untyped-call]
         update = ledger.now()
+        for parameter in trained:
+            parameter.grad = None
     update["workspace"] = update.get("workspace", 0) + workspace
     most = ledger.peak if sum(ledger.peak.values()) >= sum(update.values()) else update
     return {part: most.get(part, 0) for part in PARTS} | {"optimizer": state}
@@ -125,7 +129,7 @@ def _hold_gradient(ledger: Ledger, parameter: Tensor) -> None:
         ledger.hold(parameter.grad, "gradients")
 
 
-def _watch_head(ledger: Ledger, model: nn.Module) -> list[str]:
+def _watch_head(ledger: Ledger, model: nn.Module, hooks: ExitStack) -> list[str]:
     """Put what is made from the output head on under its label, until the gradient of its input is there.
 
     Returns:
@@ -144,7 +148,7 @@ def _watch_head(ledger: Ledger, model: nn.Module) -> list[str]:
                 tensor.register_hook(partial(label, "workspace"))  # type: ignore[no-untyped-call]
 
     for name in output_heads(model):
-        model.get_submodule(name).register_forward_pre_hook(before)
+        hooks.callback(model.get_submodule(name).register_forward_pre_hook(before).remove)
     return called
 
 

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 
+from lightning_lora.nn.adapter import AdapterConfig
+from lightning_lora.nn.lora import LoRAConfig
+from lightning_lora.optim.badam import BAdam
+from lightning_lora.optim.galore_adamw import GaLore
+from lightning_lora.quantization.config import (
+    Int8Config,
+    NF2Config,
+    NF3Config,
+    NF4Config,
+    QuantizationConfig,
+)
+
 METHODS = ("full", "freeze", "lora", "qlora-8bit", "qlora-4bit", "qlora-3bit", "qlora-2bit", "galore", "badam")
+STORAGES: dict[str, QuantizationConfig] = {
+    "qlora-8bit": Int8Config(),
+    "qlora-4bit": NF4Config(),
+    "qlora-3bit": NF3Config(),
+    "qlora-2bit": NF2Config(),
+}
+"""What these methods store the base in, unless ``quantization`` says something else."""
 OPTIMIZERS = ("paged_adamw_8bit", "adamw", "paged_adamw_32bit")
 PRECISIONS = {
     "bf16-true": torch.bfloat16,
     "16-true": torch.float16,
     "32-true": torch.float32,
+    "64-true": torch.float64,
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
-"""Lightning's names; with ``-true`` the whole model is in that dtype, with ``-mixed`` it is computed in it."""
+"""Lightning's names; with ``-mixed`` it is computed in that dtype, with ``-true`` the whole model is in it but for the
+adapters. As in Lightning, ``32-true`` leaves a model as it is."""
 
-_CHOICES = {"method": METHODS, "optimizer": OPTIMIZERS, "precision": tuple(PRECISIONS), "device": ("cuda", "cpu")}
+_CHOICES = {"method": METHODS, "precision": tuple(PRECISIONS), "device": ("cuda", "cpu")}
 
 BLOCKS = "blocks"
 """As ``activation_checkpointing``: the blocks that the model repeats."""
+
+Targets = str | tuple[str, ...] | Mapping[str, AdapterConfig]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,30 +53,37 @@ class Setup:
     """The settings of a fine-tune, by the names they have in :class:`lightning_lora.LoRACallback`.
 
     Args:
-        method: ``"full"``; ``"freeze"`` (the modules in ``train``, or the last two blocks); ``"lora"``;
-            ``"qlora-8bit"``, ``"qlora-4bit"``, ``"qlora-3bit"``, ``"qlora-2bit"``: LoRA over a base in that many bits;
-            ``"galore"``, ``"badam"``: full training whose optimizer is counted by its paper's formula.
+        method: ``"full"``; ``"freeze"`` (the modules in ``train``, or the last two blocks); ``"lora"``: adapters;
+            ``"qlora-8bit"``, ``"qlora-4bit"``, ``"qlora-3bit"``, ``"qlora-2bit"``: adapters over a base in that many
+            bits; ``"galore"``, ``"badam"``: full training with these optimizers.
         r: Rank of the adapters, or of GaLore's projections.
+        config: What adapters are, :class:`~lightning_lora.DoRAConfig` for instance; None is LoRA of rank ``r``.
         targets: What is adapted, and quantized.
         exclude: Patterns of layers to pass over.
         train: Patterns of modules trained whole.
+        train_bias: Biases to train: ``"none"``, ``"adapted"`` or ``"all"``.
+        quantization: How the base under adapters is stored; None is as the method says.
         precision: Of the Trainer; one of ``PRECISIONS``.
         optimizer: ``"paged_adamw_8bit"``, as the callback has it; ``"adamw"``, torch's, with moments in the dtype of
-            the parameters; ``"paged_adamw_32bit"``, QLoRA's.
-        device: ``"cuda"`` or ``"cpu"``: how the optimizer updates depends on it, and nothing else does.
+            the parameters; ``"paged_adamw_32bit"``, QLoRA's; or a :class:`~lightning_lora.GaLore` or
+            :class:`~lightning_lora.BAdam`.
+        device: ``"cuda"`` or ``"cpu"``: how the optimizer updates, and what can be quantized, depends on it.
         activation_checkpointing: None, ``"blocks"`` (those the model repeats), or patterns of modules.
 
     Raises:
-        ValueError: If a value is none of the choices.
+        ValueError: If a value is none of the choices, or of no use for the method.
     """
 
     method: str = "qlora-4bit"
     r: int = 16
-    targets: str | tuple[str, ...] = "all-linear"
+    config: AdapterConfig | None = None
+    targets: Targets = field(default="all-linear", hash=False)
     exclude: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
+    train_bias: str = "none"
+    quantization: QuantizationConfig | None = None
     precision: str = "bf16-true"
-    optimizer: str = "paged_adamw_8bit"
+    optimizer: str | GaLore | BAdam = "paged_adamw_8bit"
     device: str = "cuda"
     activation_checkpointing: str | tuple[str, ...] | None = None
 
@@ -59,8 +91,17 @@ class Setup:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if isinstance(self.optimizer, str) and self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, or GaLore(...) or BAdam(...), got "
+                f"{self.optimizer!r}"
+            )
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r must be a whole number of at least 1, got {self.r!r}")
+        if self.quantization is not None and not self.has_adapters:
+            raise ValueError(f"method={self.method!r} quantizes nothing; drop quantization={self.quantization!r}")
+        if self.method != "full" and not isinstance(self.optimizer, str):
+            raise ValueError(f"optimizer={self.optimizer!r} is for method='full', and this is {self.method!r}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,3 +112,37 @@ class Setup:
     def is_mixed(self) -> bool:
         """Whether it is computed in another dtype than parameters have."""
         return self.precision.endswith("-mixed")
+
+    @property
+    def casts(self) -> bool:
+        """Whether the model is cast, whatever it was made in."""
+        return not self.is_mixed and self.precision != "32-true"
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained."""
+        return self.method == "lora" or self.method in STORAGES
+
+    @property
+    def storage(self) -> QuantizationConfig | None:
+        """How the base under the adapters is stored; None is as it comes."""
+        return self.quantization or STORAGES.get(self.method)
+
+    @property
+    def adapters(self) -> AdapterConfig:
+        """What adapters are where targets do not say."""
+        return self.config or LoRAConfig(r=self.r)
+
+    @property
+    def update_rule(self) -> str | GaLore | BAdam:
+        """The optimizer, that of a method which is named after its optimizer included."""
+        named: dict[str, GaLore | BAdam] = {"galore": GaLore(rank=self.r), "badam": BAdam()}
+        return named.get(self.method, self.optimizer)
+
+
+@runtime_checkable
+class HasSetup(Protocol):
+    """Something that a fine-tune is set up with, such as :class:`lightning_lora.LoRACallback`."""
+
+    def as_setup(self) -> Setup:
+        """Return what decides how much memory it takes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ from lightning_lora.model.parameters import (
     trained_modules,
     trained_outside_adapters,
 )
-from lightning_lora.nn.adapter import Adapter
+from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.adapter import Adapter, AdapterConfig
 from lightning_lora.nn.conv import ConvKind
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.linear import LinearKind
@@ -58,18 +60,7 @@ def save_adapter(
         AdapterError: If there is no such adapter, if it holds NaN, or if the format cannot hold it.
         OSError: If the folder cannot be written; an adapter that was there before is untouched.
     """
-    layers = {path: layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
-    configs = {canonical(path): adapter.config for path, adapter in plain_adapters(model, name).items()}
-    settings = peft.to_peft(
-        vera.pack_configs(model, attention.pack_configs(model, configs)),
-        names=_module_names(model),
-        parameters=stack_paths(model),
-        train=map(canonical, trained_modules(model, name)),
-        bias=biases.choice_of(model, name),
-        transposed=any(isinstance(layer.kind, LinearKind) and layer.kind.transposed for layer in layers.values()),
-    )
-    if any(is_packed(model, path) for path in layers):
-        settings["peft_version"] = PEFT_VERSION
+    layers, configs, settings = _outline(model, name)
     tensors = adapter_state_dict(model, name)
     broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
@@ -91,6 +82,12 @@ def save_adapter(
         write_card(Path(path), metadata, type(model).__name__, origin or None)
     for line in readers.limits(settings, tensors):
         tell(f"{path}: {line}")
+
+
+def check_savable(model: nn.Module, name: str = "default") -> None:
+    """Raise ``AdapterError`` if :func:`save_adapter` would, whatever values training gives the tensors."""
+    _outline(model, name)
+    adapter_state_dict(model, name)
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -177,6 +174,23 @@ def as_here(model: nn.Module, file: AdapterFile) -> AdapterFile:
     """
     file = unpacked_stacks(model, attention.unpacked(model, file))
     return biases.separated(model, vera.unpacked(model, file))
+
+
+def _outline(model: nn.Module, name: str) -> tuple[dict[str, AdaptedLayer], dict[str, AdapterConfig], dict[str, Any]]:
+    """The layers an adapter is on, their configs as they are saved, and PEFT's config of them all."""
+    layers = {path: layer for path, layer in require_adapters(model, name).items() if name in layer.adapters}
+    configs = {canonical(path): adapter.config for path, adapter in plain_adapters(model, name).items()}
+    settings = peft.to_peft(
+        vera.pack_configs(model, attention.pack_configs(model, configs)),
+        names=_module_names(model),
+        parameters=stack_paths(model),
+        train=map(canonical, trained_modules(model, name)),
+        bias=biases.choice_of(model, name),
+        transposed=any(isinstance(layer.kind, LinearKind) and layer.kind.transposed for layer in layers.values()),
+    )
+    if any(is_packed(model, path) for path in layers):
+        settings["peft_version"] = PEFT_VERSION
+    return layers, configs, settings
 
 
 @torch.no_grad()

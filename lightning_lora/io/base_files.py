@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterError, listing
+from lightning_lora.io.description import KEY
 from lightning_lora.io.dtypes import DTYPES
-from lightning_lora.io.shards import INDEX, SINGLE
+from lightning_lora.io.shards import MODEL, QUANTIZED, Naming
 from lightning_lora.nn.attention import PROJECTIONS
 
 MODEL_CONFIG = "config.json"
@@ -43,6 +44,7 @@ class BaseFiles:
 
     Args:
         folder: Where they are; or one safetensors file.
+        naming: What the files are called.
 
     Attributes:
         outline: A meta tensor for each tensor, by name.
@@ -51,11 +53,11 @@ class BaseFiles:
         AdapterError: If there are none, or an index names files that are missing or elsewhere.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, naming: Naming = MODEL) -> None:
         self.folder = folder if folder.is_dir() else folder.parent
         self._files: dict[str, Path] = {}
         self.outline: dict[str, Tensor] = {}
-        for path in _files(folder):
+        for path in _files(folder, naming):
             try:
                 with safe_open(path, "pt") as file:
                     found = {key: _outline(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
@@ -76,6 +78,17 @@ class BaseFiles:
         with safe_open(self._files[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What this package has written into the header of the first file, if anything."""
+        with safe_open(self.paths[0], "pt") as file:
+            text = (file.metadata() or {}).get(KEY, "{}")
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        return found if isinstance(found, dict) else {}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -159,7 +172,7 @@ def layer_for(weight: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None
     return layer
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path, naming: Naming) -> Iterator[Path]:
     if folder.is_file():
         if folder.suffix != ".safetensors":
             raise AdapterError(f"{folder} is no safetensors file; pass the base model's folder")
@@ -167,23 +180,32 @@ def _files(folder: Path) -> Iterator[Path]:
         return
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder")
-    if (folder / SINGLE).is_file():
-        yield folder / SINGLE
+    if (folder / naming.single).is_file():
+        yield folder / naming.single
         return
-    if not (folder / INDEX).is_file():
-        pickles = [path.name for path in folder.iterdir() if path.suffix in _PICKLES]
-        why = f"; {listing(pickles)} is a pickle, which is not read" if pickles else ""
-        raise AdapterError(f"{folder} holds neither {SINGLE} nor {INDEX}{why}. Save the base with safetensors")
-    index = _json(folder / INDEX)
-    names = index.get("weight_map")
+    path = folder / naming.index
+    if not path.is_file():
+        raise AdapterError(f"{folder} holds neither {naming.single} nor {naming.index}{_instead(folder, naming)}")
+    names = _json(path).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise AdapterError(f"{folder / INDEX} has no weight_map")
+        raise AdapterError(f"{path} has no weight_map")
     for name in sorted(set(names.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise AdapterError(f"{folder / INDEX} names {name!r}, which is no safetensors file in that folder")
+            raise AdapterError(f"{path} names {name!r}, which is no safetensors file in that folder")
         if not (folder / name).is_file():
-            raise AdapterError(f"{folder / name} is missing, and {INDEX} names it")
+            raise AdapterError(f"{folder / name} is missing, and {naming.index} names it")
         yield folder / name
+
+
+def _instead(folder: Path, naming: Naming) -> str:
+    """What a folder without a model holds that may have been meant for one, and what to do."""
+    if naming == QUANTIZED:
+        return ": no base that save_quantized has written. load_base(model, ...) quantizes a dense one"
+    if QUANTIZED.is_in(folder):
+        return f"; {QUANTIZED.stem} files are a base in few bits, which load_quantized(model, ...) reads"
+    pickles = [path.name for path in folder.iterdir() if path.suffix in _PICKLES]
+    why = f"; {listing(pickles)} is a pickle, which is not read" if pickles else ""
+    return f"{why}. Save the base with safetensors"
 
 
 def _json(path: Path) -> dict[str, Any]:

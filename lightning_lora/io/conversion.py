@@ -44,6 +44,7 @@ def checkpoint_to_folder(path: Path, folder: Path, prefix: str | None = None) ->
         The prefix that was taken off.
 
     Raises:
+        AdapterError: If the format has no such method, or has one for all layers where these have several.
         CheckpointError: If it is damaged, or holds what a folder cannot.
     """
     checkpoint = read_checkpoint(path)
@@ -179,6 +180,7 @@ def _renamed(value: Any, prefix: str) -> Any:
 def _require_convertible(entry: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
     """Refuse what a folder holds in another form, which depends on the model."""
     methods = {name: of_layer(entry["method"], name) for name in kinds}
+    peft.check_one_method(methods)
     odd = [f"{name} ({kind})" for name, kind in kinds.items() if kind not in _KINDS]
     odd += [f"{name} (method {method!r})" for name, method in methods.items() if method not in _METHODS]
     if odd:

@@ -24,7 +24,7 @@ from lightning_lora.model.merge import merged
 from lightning_lora.model.parameters import trained_modules
 from lightning_lora.model.split import Host, hosts
 from lightning_lora.nn.adapted import AdaptedLayer
-from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight, weight_dtype, with_weight
+from lightning_lora.nn.base import QuantizedLinear, adopter_of, weight_dtype, weight_shape, with_weight
 from lightning_lora.nn.split import Split
 
 MODEL_CONFIG = "config.json"
@@ -81,7 +81,7 @@ def write_model(
     config = getattr(model, "config", None)
     beside: dict[str, Callable[[Path], object]] = {}
     if isinstance(config, WritesJson):
-        text = _config_text(config, type(model).__name__, dtype)
+        text = config_text(config, type(model).__name__, dtype)
         beside[MODEL_CONFIG] = lambda file: file.write_text(text)
     write_shards(folder, parts, max_shard_size=max_shard_size, metadata=merged_metadata(), beside=beside)
     return folder
@@ -124,7 +124,7 @@ def _copy(name: str, value: Any, dtype: torch.dtype | None, *, trained: bool) ->
         raise MergeError(f"{name} is no dense tensor with values, and safetensors holds nothing else")
     wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
     outline = torch.empty(value.shape, dtype=wanted, device="meta")
-    return Part({name: outline}, lambda: {name: value.detach().to(wanted)}, computed=trained)
+    return Part({name: outline}, lambda: [(name, value.detach().to(wanted))], computed=trained)
 
 
 def _outline(host: Host, dtype: torch.dtype | None) -> nn.Module:
@@ -136,17 +136,23 @@ def _outline(host: Host, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _outline_of(base: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    weight = stored_weight(base.dense() if isinstance(base, QuantizedLinear) else base)
-    return with_weight(base, torch.empty(weight.shape, dtype=dtype or weight_dtype(base), device="meta"))
+    return with_weight(base, torch.empty(weight_shape(base), dtype=dtype or weight_dtype(base), device="meta"))
 
 
 def _base(layer: nn.Module) -> nn.Module:
     return layer.base_layer if isinstance(layer, AdaptedLayer) else layer
 
 
-def _merged(path: str, host: Host, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return _named(path, merged(host, dtype=dtype))
+def _merged(path: str, host: Host, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the plain layer, the weight of a single one a few rows at a time."""
+    if isinstance(host, Split):
+        yield from _named(path, merged(host, dtype=dtype)).items()
+        return
+    for name, tensor in _named(path, _outline(host, dtype)).items():
+        if tensor.is_meta:
+            yield from ((name, piece) for piece in host.merged_pieces(tensor.dtype))
+        else:
+            yield name, tensor
 
 
 def _named(path: str, plain: nn.Module) -> dict[str, Tensor]:
@@ -170,7 +176,14 @@ def _prefixes(key: str) -> Iterator[str]:
             yield key[:index]
 
 
-def _config_text(config: WritesJson, architecture: str, dtype: torch.dtype | None) -> str:
+def config_text(config: WritesJson, architecture: str, dtype: torch.dtype | None = None) -> str:
+    """A model's configuration as a file, of a model that is not quantized.
+
+    Args:
+        config: The configuration.
+        architecture: The model's class, if the configuration does not name it.
+        dtype: What the weights are stored in, where that is not what the configuration says.
+    """
     settings = json.loads(config.to_json_string())
     settings.pop("quantization_config", None)  # the merged weights are plain
     if not settings.get("architectures"):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from lightning_lora.errors import AdapterError, CheckpointError, listing
@@ -20,10 +19,11 @@ from lightning_lora.io.biases import separated_alone
 from lightning_lora.io.checkpoint_file import read_checkpoint
 from lightning_lora.io.description import KEY, describe_configs
 from lightning_lora.io.experts import refuse_stacks
-from lightning_lora.io.fingerprint import base_name
+from lightning_lora.io.fingerprint import base_name, to_json
 from lightning_lora.io.fitting import configs_of
 from lightning_lora.io.keys import adapter_key, by_parameter
-from lightning_lora.io.shards import INDEX, SINGLE
+from lightning_lora.io.quantized_header import read_header
+from lightning_lora.io.shards import MODEL, QUANTIZED
 from lightning_lora.model.merge import is_finite
 from lightning_lora.nn.low_rank import SCALINGS, LowRankConfig
 
@@ -43,21 +43,24 @@ _NOT_SHOWN = ("base_fingerprint", "sha256", "processes")
 
 
 def kind_of_path(path: Path) -> str:
-    """Return ``"adapter"``, ``"checkpoint"`` or ``"merged"``.
+    """Return ``"adapter"``, ``"checkpoint"``, ``"merged"`` or ``"quantized"``.
 
     Raises:
         AdapterError: If it is none of these.
     """
     if (path / CONFIG).is_file() or (path / adapter_file.WEIGHTS).is_file():
         return "adapter"
-    if (path / SINGLE).is_file() or (path / INDEX).is_file():
+    if MODEL.is_in(path):
         return "merged"
+    if QUANTIZED.is_in(path):
+        return "quantized"
     if path.is_file() and path.suffix == ".ckpt":
         return "checkpoint"
     if not path.exists():
         raise AdapterError(f"{path}: no such file or folder")
     raise AdapterError(
-        f"{path} is no adapter folder ({CONFIG}), no Lightning checkpoint (.ckpt) and no model ({SINGLE} or {INDEX})"
+        f"{path} is no adapter folder ({CONFIG}), no Lightning checkpoint (.ckpt) and no model ({MODEL.single} or "
+        f"{MODEL.index}, in few bits {QUANTIZED.single} or {QUANTIZED.index})"
     )
 
 
@@ -68,7 +71,9 @@ def inspect(path: Path) -> dict[str, Any]:
         AdapterError: If it is an adapter or a model, and damaged.
         CheckpointError: If it is a checkpoint, and damaged or not of adapters.
     """
-    read = {"adapter": _adapter, "checkpoint": _checkpoint, "merged": _merged}[kind_of_path(path)]
+    read = {"adapter": _adapter, "checkpoint": _checkpoint, "merged": _merged, "quantized": _quantized}[
+        kind_of_path(path)
+    ]
     return {"path": str(path), **read(path)}
 
 
@@ -201,14 +206,14 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "layers": layers,
         "readers": {
             "lightning_lora": "yes: ckpt_path=, load_from_checkpoint",
-            "others": "no: lightning-lora convert makes an adapter folder of it",
+            "others": "no: lightning-lora convert makes an adapter folder of it, or says what does",
         },
     }
 
 
 def _merged(path: Path) -> dict[str, Any]:
     files = BaseFiles(path)
-    metadata = _merged_metadata(files)
+    metadata = files.said
     outline = files.outline.values()
     return {
         "what": "merged model" if metadata.get("merged") else "model",
@@ -225,14 +230,23 @@ def _merged(path: Path) -> dict[str, Any]:
     }
 
 
-def _merged_metadata(files: BaseFiles) -> dict[str, Any]:
-    with safe_open(files.paths[0], "pt") as file:
-        text = (file.metadata() or {}).get(KEY, "{}")
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {}
+def _quantized(path: Path) -> dict[str, Any]:
+    files = BaseFiles(path, QUANTIZED)
+    header = read_header(files)
+    outline = files.outline.values()
+    stored = Counter(layer.storage for layer in header.layers.values())
+    return {
+        "what": "quantized base",
+        "version": files.said["version"],
+        "quantization": listing(f"{storage} ({count} layers)" for storage, count in sorted(stored.items())),
+        "base": base_name({"base_fingerprint": to_json(header.base_fingerprint)}),
+        "tensors": len(outline),
+        "bytes": sum(tensor.nbytes for tensor in outline),
+        "readers": {
+            "lightning_lora": "yes: load_quantized",
+            "others": "no: give them the dense base, or a merged model",
+        },
+    }
 
 
 def _layer(name: str, tensors: Mapping[str, Tensor], method: str, scale: float) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lightning_lora.io.fingerprint import Comparison, compare
 from lightning_lora.io.fitting import plan_for
 from lightning_lora.io.keys import PREFIX
 from lightning_lora.io.notes import tell
-from lightning_lora.io.shards import Part, write_shards
+from lightning_lora.io.shards import Made, Part, write_shards
 from lightning_lora.model.merge import merged
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
@@ -225,17 +225,17 @@ class _Job:
             meta = torch.empty(outline.shape, dtype=wanted, device="meta")
             yield Part({name: meta}, make, computed=name in weights or name in trained)
 
-    def _copy(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {name: self.files.read(name).to(dtype)}
+    def _copy(self, name: str, dtype: torch.dtype) -> Made:
+        return [(name, self.files.read(name).to(dtype))]
 
-    def _merged(self, name: str, paths: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    def _merged(self, name: str, paths: list[str], dtype: torch.dtype) -> Made:
         """The tensor with the update of the layer it belongs to, or of those of which it holds a third each."""
         if self.files.place(paths[0]).weight == f"{paths[0]}.weight":
-            return {name: self._weight(paths[0], dtype)}
+            return [(name, self._weight(paths[0], dtype))]
         whole = self.files.read(name).to(dtype, copy=True)
         for path in paths:
             whole[self.files.place(path).rows] = self._weight(path, dtype)
-        return {name: whole}
+        return [(name, whole)]
 
     @torch.no_grad()
     def _weight(self, path: str, dtype: torch.dtype) -> Tensor:
@@ -269,8 +269,8 @@ class _Job:
         return str(value.get(path, otherwise) if isinstance(value, dict) else value)
 
 
-def _given(name: str, tensor: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: tensor.to(dtype)}
+def _given(name: str, tensor: Tensor, dtype: torch.dtype) -> Made:
+    return [(name, tensor.to(dtype))]
 
 
 def _rest(files: BaseFiles, dtype: torch.dtype | None) -> dict[str, Callable[[Path], object]]:

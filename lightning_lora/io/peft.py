@@ -65,7 +65,7 @@ def to_peft(
         AdapterError: If the format cannot say it: methods, dropout or scaling that differ between layers, or a method
             it does not have.
     """
-    _check_one_method(configs)
+    check_one_method({path: config.method for path, config in configs.items()})
     veras = {path: config for path, config in configs.items() if isinstance(config, VeRAConfig)}
     low_rank = {path: config for path, config in configs.items() if isinstance(config, LowRankConfig)}
     stacks = sorted(configs.keys() & set(parameters))
@@ -185,10 +185,11 @@ def parse(data: bytes) -> dict[str, Any]:
     return settings
 
 
-def _check_one_method(configs: Mapping[str, AdapterConfig]) -> None:
+def check_one_method(method_of: Mapping[str, str]) -> None:
+    """Raise ``AdapterError`` unless the layers, given with the method of each, have one that the format knows."""
     methods: dict[str, list[str]] = {}
-    for path, config in configs.items():
-        methods.setdefault(_FORMATS.get(config.method, config.method), []).append(path)
+    for path, method in method_of.items():
+        methods.setdefault(_FORMATS.get(method, method), []).append(path)
     unknown = sorted(set(methods) - set(_FORMATS.values()))
     if unknown:
         raise AdapterError(

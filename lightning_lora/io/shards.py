@@ -1,7 +1,7 @@
 """Writing a model as safetensors files, one part in memory at a time, complete or absent.
 
 ``safetensors.save_file`` wants all tensors at once. Here the header is written from shapes alone, and each part is
-made, written to its place and dropped.
+made, written to its place while the next one is made, and dropped.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
@@ -24,18 +26,60 @@ from torch import Tensor
 
 from lightning_lora.errors import MergeError, listing
 from lightning_lora.io.atomic import replacing_all
+from lightning_lora.io.behind import WriteBehind
 from lightning_lora.io.dtypes import NAMES
 from lightning_lora.model.merge import is_finite
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-_SHARD = re.compile(r"model-(b-)?\d{5}-of-\d{5}\.safetensors")
 _NOTHING: Mapping[str, Callable[[Path], object]] = MappingProxyType({})
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {f"{letter}IB": 2 ** (10 * power) for power, letter in enumerate("KMGT", start=1)}
 _VERIFIED = 4
 _PIECE = 2**23
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+Made = Iterable[tuple[str, Tensor]]
+"""Tensors by name, each whole, or its rows piece by piece in order."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the files of a model are called.
+
+    Attributes:
+        stem: What all names begin with.
+    """
+
+    stem: str
+
+    @property
+    def single(self) -> str:
+        """The one file of a model that is not in shards."""
+        return f"{self.stem}.safetensors"
+
+    @property
+    def index(self) -> str:
+        """What says which shard holds what."""
+        return f"{self.single}.index.json"
+
+    def shard(self, number: int, count: int, *, second: bool = False) -> str:
+        """One of several; the ``second`` names are for those written while the first are in use."""
+        return f"{self.stem}-{'b-' * second}{number:05d}-of-{count:05d}.safetensors"
+
+    def is_shard(self, name: str) -> bool:
+        """Whether a file is called as a shard."""
+        return re.fullmatch(rf"{self.stem}-(b-)?\d{{5}}-of-\d{{5}}\.safetensors", name) is not None
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder holds a model under these names."""
+        return (folder / self.single).is_file() or (folder / self.index).is_file()
+
+
+MODEL = Naming("model")
+"""What every program looks for."""
+
+QUANTIZED = Naming("quantized")
+"""What only this one does: another would take packed tensors for missing ones, and draw those."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +88,12 @@ class Part:
 
     Attributes:
         outline: Meta tensors of the shapes and dtypes they will have, by name.
-        make: Makes them.
+        make: Makes them, tensor by tensor in any order, each whole or piece by piece.
         computed: Whether they are results, to be checked, rather than copies of what is there.
     """
 
     outline: Mapping[str, Tensor]
-    make: Callable[[], Mapping[str, Tensor]]
+    make: Callable[[], Made]
     computed: bool = False
 
     @property
@@ -78,6 +122,7 @@ def write_shards(
     max_shard_size: int | str,
     metadata: Mapping[str, str],
     beside: Mapping[str, Callable[[Path], object]] = _NOTHING,
+    naming: Naming = MODEL,
 ) -> None:
     """Write the parts to ``folder``: to ``model.safetensors``, or to shards and their index where they are larger.
 
@@ -91,25 +136,27 @@ def write_shards(
         max_shard_size: Bytes of a file at most, unless a single tensor is larger.
         metadata: For the header of each file, beside ``format``.
         beside: Other files of the model by name, such as its config: each writes itself to a path.
+        naming: What the files are called.
 
     Raises:
         MergeError: If a computed tensor is not finite, or what was read again is not what was written.
         OSError: If there is no room; what was there before is untouched.
     """
     shards = _split(parts, as_bytes(max_shard_size))
-    names = [SINGLE] if len(shards) == 1 else _free_names(folder, len(shards))
+    names = [naming.single] if len(shards) == 1 else _free_names(folder, naming, len(shards))
     folder.mkdir(parents=True, exist_ok=True)
     _require_room(folder, sum(part.size for part in parts))
-    index = [INDEX] * (len(shards) > 1)
+    index = [naming.index] * (len(shards) > 1)
     with replacing_all([folder / name for name in (*beside, *names, *index)]) as temporaries:
         for write, file in zip(beside.values(), temporaries, strict=False):
             write(file)
         files = temporaries[len(beside) :][: len(names)]
-        places = [_write(file, shard, metadata) for file, shard in zip(files, shards, strict=True)]
+        with WriteBehind() as behind, _naming(folder):
+            places = [_write(file, shard, metadata, behind) for file, shard in zip(files, shards, strict=True)]
         _verify(files, shards, places)
         if index:
             _write_index(temporaries[-1], names, shards)
-    _drop_older(folder, names)
+    _drop_older(folder, naming, names)
 
 
 def _split(parts: Sequence[Part], limit: int) -> list[list[Part]]:
@@ -124,7 +171,18 @@ def _split(parts: Sequence[Part], limit: int) -> list[list[Part]]:
     return shards
 
 
-def _write(file: Path, parts: Iterable[Part], metadata: Mapping[str, str]) -> dict[str, int]:
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Let an error of the disk, which knows a number alone, name the folder and say what to do."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "Free some, or choose another folder" if error.errno in _FULL else "Check the disk, or choose another"
+        said = f"{error.strerror}; the model was not written, and what was there before still is. {remedy}"
+        raise OSError(error.errno, said, str(folder)) from error
+
+
+def _write(file: Path, parts: Iterable[Part], metadata: Mapping[str, str], behind: WriteBehind) -> dict[str, int]:
     """Write one file; returns where in it each tensor begins."""
     outline = {name: tensor for part in parts for name, tensor in part.outline.items()}
     # Large elements first: each tensor then starts at a multiple of its element's size, as readers of the map need.
@@ -143,35 +201,32 @@ def _write(file: Path, parts: Iterable[Part], metadata: Mapping[str, str]) -> di
     data += b" " * (-len(data) % 8)
     places = {name: 8 + len(data) + begin for name, begin in begins.items()}
     with file.open("r+b", buffering=0) as opened:
-        _put(opened, 0, memoryview(len(data).to_bytes(8, "little") + data))
+        behind.put(partial(_put, opened, 0, memoryview(len(data).to_bytes(8, "little") + data)))
         for part in parts:
-            _write_part(opened, part, places)
+            _write_part(opened, part, places, behind)
+        behind.wait()
     return places
 
 
-def _write_part(file: Any, part: Part, places: Mapping[str, int]) -> None:
-    """Make a part and write it. In a function of its own, so that it is dropped before the next is made."""
-    for name, tensor in _made(part).items():
-        _put(file, places[name], _memory(tensor))
+def _write_part(file: Any, part: Part, places: Mapping[str, int], behind: WriteBehind) -> None:
+    """Make a part and have it written. In a function of its own, so that the thread alone holds it from then on."""
+    for place, data in _placed(part, places):
+        behind.put(partial(_put, file, place, data))
 
 
-def _made(part: Part) -> Mapping[str, Tensor]:
-    made = part.make()
-    broken = [name for name, tensor in made.items() if part.computed and not is_finite(tensor)]
-    if broken:
-        raise MergeError(
-            f"NaN or infinity in {listing(broken)}; nothing was written. A NaN comes from a diverged training or a "
-            "broken base: go back to an earlier checkpoint. An infinity comes from a dtype too narrow: "
-            "dtype=torch.float32"
-        )
-    apart = [
-        name
-        for name, tensor in part.outline.items()
-        if (made[name].shape, made[name].dtype) != (tensor.shape, tensor.dtype)
-    ]
-    assert made.keys() == part.outline.keys(), made.keys() ^ part.outline.keys()
-    assert not apart, apart
-    return made
+def _placed(part: Part, places: Mapping[str, int]) -> Iterator[tuple[int, memoryview]]:
+    """Make a part; yield what goes where in the file."""
+    at = {name: places[name] for name in part.outline}
+    for name, tensor in part.make():
+        if part.computed and not is_finite(tensor):
+            raise MergeError(
+                f"NaN or infinity in {name}; nothing was written. A NaN comes from a diverged training or a broken "
+                "base: go back to an earlier checkpoint. An infinity comes from a dtype too narrow: dtype=torch.float32"
+            )
+        assert tensor.dtype == part.outline[name].dtype, name
+        yield at[name], _memory(tensor)
+        at[name] += _size(tensor)
+    assert all(at[name] == places[name] + _size(tensor) for name, tensor in part.outline.items()), at
 
 
 def _put(file: Any, offset: int, data: memoryview) -> None:
@@ -194,11 +249,10 @@ def _verify(files: Sequence[Path], shards: Sequence[Sequence[Part]], places: Seq
                 raise MergeError(f"{file.parent}: the tensors read again are not those written; is the disk sound?")
         computed += [(file, part, begins) for part in shard if part.computed]
     for file, part, begins in computed[:: max(1, len(computed) // _VERIFIED)][:_VERIFIED]:
-        unequal = [name for name, tensor in part.make().items() if not _is_at(file, begins[name], _memory(tensor))]
-        if unequal:
+        if not all(_is_at(file, place, data) for place, data in _placed(part, begins)):
             raise MergeError(
-                f"{file.parent}: {listing(unequal)} read again is not what was computed. Either the disk is not sound, "
-                "or the model was changed while it was being written"
+                f"{file.parent}: {listing(list(part.outline))} read again is not what was computed. Either the disk is "
+                "not sound, or the model was changed while it was being written"
             )
 
 
@@ -227,20 +281,20 @@ def _write_index(file: Path, names: Sequence[str], shards: Sequence[Sequence[Par
     file.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _drop_older(folder: Path, names: Sequence[str]) -> None:
+def _drop_older(folder: Path, naming: Naming, names: Sequence[str]) -> None:
     """Delete the files of an earlier export, which a reader might prefer to these."""
-    kept = {*names, INDEX} if len(names) > 1 else set(names)
-    shards = sorted(path for path in folder.iterdir() if _SHARD.fullmatch(path.name))
-    for path in (folder / SINGLE, folder / INDEX, *shards):  # an index goes before its shards
+    kept = {*names, naming.index} if len(names) > 1 else set(names)
+    shards = sorted(path for path in folder.iterdir() if naming.is_shard(path.name))
+    for path in (folder / naming.single, folder / naming.index, *shards):  # an index goes before its shards
         if path.name not in kept:
             path.unlink(missing_ok=True)
 
 
-def _free_names(folder: Path, count: int) -> list[str]:
+def _free_names(folder: Path, naming: Naming, count: int) -> list[str]:
     """Names for shards, other than those of the model that is in the folder."""
-    in_use = _shards_in(folder / INDEX)
-    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    return names if in_use.isdisjoint(names) else [name.replace("model-", "model-b-") for name in names]
+    in_use = _shards_in(folder / naming.index)
+    names, others = ([naming.shard(n, count, second=s) for n in range(1, count + 1)] for s in (False, True))
+    return names if in_use.isdisjoint(names) else others
 
 
 def _shards_in(index: Path) -> set[str]:

@@ -1,7 +1,9 @@
 """``torch.ops.lightning_lora.dequantize_codebook``: packed weights of any codebook to a dense matrix.
 
-One operator for the formats without a kernel of their own, which torch can trace. Codes and constants are integers, so
-there is nothing to differentiate, and the operator has no backward.
+One operator for FP4, which bitsandbytes dequantizes, and for NF3 and NF2: on a CUDA device one Triton kernel computes
+these (:mod:`lightning_lora.kernels.normal_float_triton`); on a CPU, and where that kernel cannot run, plain torch does,
+with the same bits. Codes and constants are integers, so there is nothing to differentiate, and the operator has no
+backward.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.kernels import four_bits, normal_float
+from lightning_lora.kernels.choice import triton_kernels
 from lightning_lora.kernels.packed import Packed
 
 BITS = {"fp4": 4, "nf3": 3, "nf2": 2}
@@ -60,7 +63,12 @@ def _dequantize(
     packed.check(shape, dtype, BITS[codebook])
     if codebook == "fp4":
         return four_bits.dequantize(packed, shape, dtype, codebook)
-    return normal_float.dequantize(packed, BITS[codebook], shape, dtype)
+    kernels = triton_kernels(packed, dtype, codebook)
+    if kernels is None:
+        return normal_float.dequantize(packed, BITS[codebook], shape, dtype)
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    kernels.dequantize(packed, out, bits=BITS[codebook])
+    return out
 
 
 @torch.library.register_fake("lightning_lora::dequantize_codebook", lib=_LIBRARY)  # type: ignore[untyped-decorator]

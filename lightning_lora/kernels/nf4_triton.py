@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_lora.kernels.maxima import nested_map
+from lightning_lora.kernels.maxima_triton import block_maximum
 from lightning_lora.kernels.packed import NESTED_BLOCK, Packed
 
 LEVELS = (
@@ -122,7 +123,7 @@ def _dequantize(
     for step in tl.static_range(STEPS):
         item = start // PER_ITEM + step * ITEMS + tl.arange(0, ITEMS)
         inside = item * PER_ITEM < count
-        maximum = _maximum(
+        maximum = block_maximum(
             absmax, nested_absmax, offset, nested_levels, item * PER_ITEM // BLOCK, inside, NESTED, NESTED_BLOCK
         )
         # A table of 64 bytes: one line of the nearest cache, read without conflicts. Choosing among 16 values takes
@@ -174,7 +175,7 @@ def _dequantize_plus(
     position = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
     item = row[:, None] * (columns // PER_ITEM) + position[None, :]
     inside = (row < rows)[:, None] & (position * PER_ITEM < columns)[None, :]
-    maximum = _maximum(
+    maximum = block_maximum(
         absmax, nested_absmax, offset, nested_levels, item * PER_ITEM // BLOCK, inside, NESTED, NESTED_BLOCK
     )
     within = tl.arange(0, PER_ITEM)
@@ -185,26 +186,6 @@ def _dequantize_plus(
         weight.to(out.dtype.element_ty),
         mask=(row < rows)[:, None] & (column < columns)[None, :],
     )
-
-
-@triton.jit
-def _maximum(
-    absmax,
-    nested_absmax,
-    offset,
-    nested_levels,
-    block,
-    inside,
-    NESTED: tl.constexpr,
-    NESTED_BLOCK: tl.constexpr,
-):
-    if NESTED:
-        code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-        constant = tl.load(nested_absmax + block // NESTED_BLOCK, mask=inside, other=0.0)
-        maximum = tl.load(nested_levels + code) * constant + tl.load(offset)
-    else:
-        maximum = tl.load(absmax + block, mask=inside, other=0.0)
-    return maximum
 
 
 @triton.jit

@@ -46,8 +46,8 @@ def quantize(flat: Tensor, bits: int, block_size: int) -> tuple[Tensor, Tensor]:
     blocks = F.pad(flat.float(), (0, -count % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(1)
     scaled = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    table = torch.tensor(levels(bits), dtype=torch.float32, device=flat.device)
-    codes = torch.bucketize(scaled.view(-1)[:count], (table[1:] + table[:-1]) / 2, out_int32=True)
+    rising = table(bits, flat.device)
+    codes = torch.bucketize(scaled.view(-1)[:count], (rising[1:] + rising[:-1]) / 2, out_int32=True)
     return packing.pack(codes, bits), absmax
 
 
@@ -62,13 +62,19 @@ def dequantize(packed: Packed, bits: int, shape: Sequence[int], dtype: torch.dty
 
 
 @lru_cache(maxsize=16)
+def table(bits: int, device: torch.device) -> Tensor:
+    """The levels in ``float32``."""
+    with torch.inference_mode(False):  # kept for all later calls, also those that record gradients
+        return torch.tensor(levels(bits), dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=16)
 def _items(bits: int, device: torch.device) -> Tensor:
     """What each item of four codes stands for, of shape ``(2^(4 b), 4)``: one look-up gives four weights."""
     with torch.inference_mode(False):  # kept for all later calls, also those that record gradients
-        table = torch.tensor(levels(bits), dtype=torch.float32, device=device)
         item = torch.arange(2 ** (packing.PER_ITEM * bits), device=device)
         shifts = bits * torch.arange(packing.PER_ITEM, device=device)
-        return table[(item[:, None] >> shifts) & (2**bits - 1)]
+        return table(bits, device)[(item[:, None] >> shifts) & (2**bits - 1)]
 
 
 def _quantiles(o: float, count: int) -> Tensor:

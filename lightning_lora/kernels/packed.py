@@ -16,6 +16,12 @@ NESTED_BLOCK = 256
 """How many block maxima share a constant under double quantization (QLoRA, section 3)."""
 
 
+def sizes(weights: int, bits: int, block_size: int, *, nested: bool) -> tuple[int, int, int, int]:
+    """Return how many bytes of codes, maxima, nested maxima and offsets so many weights have, as in :class:`Packed`."""
+    blocks = -(-weights // block_size)
+    return -(-weights * bits // 8), blocks, -(-blocks // NESTED_BLOCK) if nested else 0, int(nested)
+
+
 class Packed(NamedTuple):
     """A weight as codes of levels: ``w = level[code] m``, with one maximum ``m`` for each block of weights.
 
@@ -47,15 +53,22 @@ class Packed(NamedTuple):
         constants = [floats.view(torch.float32) if floats.dtype == torch.int32 else floats for floats in self[1:4]]
         return Packed(self.codes, constants[0], constants[1], constants[2], self.block_size)
 
+    def part(self, begin: int, count: int, bits: int) -> Packed:
+        """Return the codes and constants of some weights; they begin where a block does, and a nested one.
+
+        Args:
+            begin: Index of the first.
+            count: How many there are.
+            bits: Of a code.
+        """
+        blocks = slice(begin // self.block_size, -(-(begin + count) // self.block_size))
+        nested = slice(blocks.start // NESTED_BLOCK, -(-blocks.stop // NESTED_BLOCK))
+        codes = self.codes[begin * bits // 8 : -(-(begin + count) * bits // 8)]
+        return Packed(codes, self.absmax[blocks], self.nested_absmax[nested], self.offset, self.block_size)
+
     def check(self, shape: Sequence[int], dtype: torch.dtype, bits: int = 4) -> None:
         """Raise ``RuntimeError`` unless this is a weight of that shape: a kernel would read past its end."""
-        blocks = -(-math.prod(shape) // self.block_size)
-        expected = (
-            -(-math.prod(shape) * bits // 8),
-            blocks,
-            -(-blocks // NESTED_BLOCK) if self.nested else 0,
-            int(self.nested),
-        )
+        expected = sizes(math.prod(shape), bits, self.block_size, nested=self.nested)
         found = tuple(tensor.numel() for tensor in self[:4])
         if found != expected:
             raise RuntimeError(

@@ -45,9 +45,10 @@ def singular_values(lora_A: Tensor, lora_B: Tensor) -> Tensor:
 def spectra(updates: Sequence[Factors]) -> list[Tensor]:
     """Return the singular values of each update, the largest first, from the Gram matrices of its factors.
 
-    With ``A A^T = L L^T`` the squares are the eigenvalues of ``L^T (B^T B) L``. The rows of ``A`` are scaled to unit
-    length first and the columns of ``B`` by the inverse, which leaves ``B A`` as it is. Squaring costs half of the 16
-    digits: values below about ``1e-8`` of the norm of these columns are rounding, as they are in ``float32`` factors.
+    With ``A A^T = L L^T`` the squares are the eigenvalues of ``L^T (B^T B) L``; ``L`` is Cholesky's, or, where rows of
+    ``A`` depend on each other, made of eigenvectors, which take twenty times as long. The rows of ``A`` are scaled to
+    unit length first and the columns of ``B`` by the inverse, which leaves ``B A`` as it is. Squaring costs half of the
+    16 digits: values below about ``1e-8`` of the norm of these columns are rounding, as in ``float32`` factors.
 
     Args:
         updates: Factors of any shapes, on any devices.
@@ -110,7 +111,16 @@ def _from_grams(grams: Tensor) -> Tensor:
     down, up = torch.where(finite[:, None, None, None], grams, 0).unbind(1)
     lengths = down.diagonal(dim1=-2, dim2=-1).sqrt()
     outer = lengths[:, :, None] * lengths[:, None, :]
-    values, vectors = torch.linalg.eigh(torch.where(outer > 0, down / torch.where(outer > 0, outer, 1), 0))
-    root = vectors * values.clamp(min=0).sqrt()[:, None, :]
+    root = _roots(torch.where(outer > 0, down / torch.where(outer > 0, outer, 1), 0))
     squares: Tensor = torch.linalg.eigvalsh(root.mT @ (up * outer) @ root)
     return torch.where(finite[:, None], squares.clamp(min=0).sqrt().flip(-1), torch.nan)
+
+
+def _roots(grams: Tensor) -> Tensor:
+    """``L`` with ``L L^T`` the given matrices, of shape ``(N, R, R)``."""
+    roots: Tensor
+    roots, failed = torch.linalg.cholesky_ex(grams)
+    dependent = failed.nonzero().flatten()
+    values, vectors = torch.linalg.eigh(grams[dependent])
+    roots[dependent] = vectors * values.clamp(min=0).sqrt()[:, None, :]
+    return roots

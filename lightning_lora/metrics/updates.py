@@ -37,7 +37,7 @@ def updates(layers: Mapping[str, AdaptedLayer]) -> dict[str, Update]:
     Args:
         layers: Adapted layers by name.
     """
-    factors = {name: update_factors(layer) for name, layer in layers.items()}
+    factors = {name: _spectral_factors(layer) for name, layer in layers.items()}
     low_rank = {name: pair for name, pair in factors.items() if pair is not None}
     values = dict(zip(low_rank, spectra(list(low_rank.values())), strict=True))
     return {
@@ -63,6 +63,12 @@ def update_factors(layer: AdaptedLayer) -> Factors | None:
     if len(pairs) < 2:
         return pairs[0] if pairs else empty
     return torch.cat([lora_A for lora_A, _ in pairs]), torch.cat([lora_B for _, lora_B in pairs], dim=1)
+
+
+def _spectral_factors(layer: AdaptedLayer) -> Factors | None:
+    if len(layer.active) == 1:
+        return layer.adapter(layer.active[0]).spectral_factors()
+    return update_factors(layer)  # several add up: their directions count
 
 
 @torch.no_grad()

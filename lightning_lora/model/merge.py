@@ -13,7 +13,8 @@ from lightning_lora.model.layers import adapter_names, replace, require_adapters
 from lightning_lora.model.parameters import unmark_trained
 from lightning_lora.model.split import Host, hosts
 from lightning_lora.nn.adapted import AdaptedLayer
-from lightning_lora.nn.base import dense_weight, share_hooks, weight_dtype, with_weight
+from lightning_lora.nn.base import dense_weight, share_hooks, weight_dtype, weight_shape, with_weight
+from lightning_lora.nn.pieces import joined
 from lightning_lora.nn.split import Split
 
 
@@ -66,9 +67,9 @@ def _merged_parts(split: Split, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _merged_layer(layer: AdaptedLayer, dtype: torch.dtype | None) -> nn.Module:
-    with torch.autocast(layer.device.type, enabled=False):  # it would round B A to half precision
-        weight = layer.merged_weight().to(dtype or weight_dtype(layer.base_layer))
-    return with_weight(layer.base_layer, weight)
+    base = layer.base_layer
+    pieces = layer.merged_pieces(dtype or weight_dtype(base))
+    return with_weight(base, joined(pieces, weight_shape(base)[0]))
 
 
 @torch.no_grad()
@@ -78,7 +79,7 @@ def check_mergeable(layers: Mapping[str, AdaptedLayer], *, dtype: torch.dtype | 
     for name, layer in layers.items():
         if not is_finite(dense_weight(layer.base_layer, weight_dtype(layer.base_layer))):
             broken.append(f"{name} (its base weight)")
-        elif not is_finite(layer.merged_weight().to(dtype or weight_dtype(layer.base_layer))):
+        elif not all(map(is_finite, layer.merged_pieces(dtype or weight_dtype(layer.base_layer)))):
             broken.append(f"{name} (its merged weight)")
     if broken:
         raise MergeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from lightning_lora.nn.base import (
     stored_weight,
     weight_device,
     weight_dtype,
+    weight_pieces,
 )
+from lightning_lora.nn.fingerprint import is_held
 from lightning_lora.nn.kinds import kind_of
+from lightning_lora.nn.pieces import PieceMerger
 from lightning_lora.nn.rows import Rows
 
 
@@ -105,6 +109,30 @@ class AdaptedLayer(nn.Module):
             weight = self.adapter(name).merged(weight)
         return weight
 
+    @torch.no_grad()
+    def merged_pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the rows of :meth:`merged_weight` in order, in ``dtype`` and without gradients.
+
+        On a CPU they come a few at a time where all active adapters can merge so, else all at once.
+
+        Raises:
+            AdapterError: If rows of the batch go through different adapters, so that there is no such weight.
+        """
+        mergers = self._piece_mergers()
+        if mergers is None:
+            with torch.autocast(self.device.type, enabled=False):  # it would round B A to half precision
+                whole = self.merged_weight().to(dtype)
+            yield whole
+            return
+        begin = 0
+        for piece in weight_pieces(self.base_layer, self._sum_dtype()):
+            rows = slice(begin, begin + len(piece))
+            with torch.autocast(self.device.type, enabled=False):
+                for merge in mergers:
+                    piece = merge(piece, rows)
+            begin = rows.stop
+            yield piece.to(dtype)
+
     @property
     def weight(self) -> Tensor:
         """The merged weight in the base's dtype, computed anew on each access.
@@ -148,7 +176,21 @@ class AdaptedLayer(nn.Module):
         return (kind.out_features, kind.in_features) if quantized else tuple(stored_weight(self.base_layer).shape)
 
     def _stored_weight(self) -> Tensor:
-        return dense_weight(self.base_layer, torch.promote_types(weight_dtype(self.base_layer), torch.float32))
+        return dense_weight(self.base_layer, self._sum_dtype())
+
+    def _sum_dtype(self) -> torch.dtype:
+        return torch.promote_types(weight_dtype(self.base_layer), torch.float32)
+
+    def _piece_mergers(self) -> list[PieceMerger] | None:
+        """What merges the active adapters, or None where only whole weights can be."""
+        lacking = self.base_lacks is not None and self.base_lacks not in self.computing
+        if not self.computing or lacking or self.device.type != "cpu":
+            return None
+        if not all(map(is_held, self.base_layer.parameters(recurse=False))):
+            return None
+        mergers = [self.adapter(name).piece_merger() for name in self.computing]
+        found = [merger for merger in mergers if merger is not None]
+        return found if len(found) == len(mergers) else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         """See that an adapter and a base that lacks its start are of one piece, before either is loaded."""

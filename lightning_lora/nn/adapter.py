@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.nn.kind import Kind
+from lightning_lora.nn.pieces import PieceMerger
 
 
 class Adapter(nn.Module, ABC):
@@ -22,9 +24,9 @@ class Adapter(nn.Module, ABC):
     Parameters are bare ``nn.Parameter``s rather than ``nn.Linear`` modules, so that nothing which searches a model for
     linear layers (quantizers, sharding policies, another injection) finds the adapter itself.
 
-    Three methods every adapter has, and one of low rank has a fourth, :meth:`update_factors`. The others are for
-    adapters that start from the base weight; the base itself is
-    never rewritten, but one that is going to be quantized may be quantized without what the adapter starts with.
+    Three methods every adapter has, and one of low rank has a fourth, :meth:`update_factors`. The others, but for
+    :meth:`spectral_factors`, are for adapters that start from the base weight; the base itself is never rewritten, but
+    one that is going to be quantized may be quantized without what the adapter starts with.
     """
 
     additive: ClassVar[bool] = True
@@ -77,6 +79,13 @@ class Adapter(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw the starting values, also after the parameters were materialized from the meta device."""
 
+    def piece_merger(self) -> PieceMerger | None:
+        """Return what merges some rows of the weight alone, as :meth:`merged` does, or None where they need the others.
+
+        Large weights are then merged a few rows at a time, several times as fast and without a second weight in memory.
+        """
+        return None
+
     def update_factors(self) -> tuple[Tensor, Tensor] | None:
         """Return what it adds to the original base weight as factors, or None where that is no product of two.
 
@@ -85,6 +94,14 @@ class Adapter(nn.Module, ABC):
             scaling is in them.
         """
         return None
+
+    def spectral_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return factors of a matrix with the singular values of the update: smaller ones, where it knows them.
+
+        ``B A`` and ``B L`` have the same ones if ``A = L Q`` with orthonormal rows of ``Q``, since
+        ``A A^T = L L^T``. They say how long the update is, not where it points.
+        """
+        return self.update_factors()
 
     def start(self, weight: Callable[[], Tensor]) -> None:
         """Compute what of the starting values depends on the base weight; called once, before the adapter is used.
@@ -135,6 +152,7 @@ def _in_full_precision(before: Tensor, after: Tensor) -> Tensor:
     return before.to(after.device) if shrunk else after
 
 
+@dataclass(frozen=True, kw_only=True)
 class AdapterConfig(ABC):
     """A method with its hyperparameters: a frozen value, valid as soon as it exists."""
 
@@ -143,8 +161,10 @@ class AdapterConfig(ABC):
     decisive: ClassVar[tuple[str, ...]] = ()
     """Names of the fields that decide what saved tensors mean: with other values they are another function."""
 
-    dropout: float = 0.0
-    """Probability of zeroing an element of the input while training; a field where the method has it."""
+    @property
+    def dropout(self) -> float:
+        """Probability of zeroing an element of the input while training; a field where the method has it."""
+        return 0.0
 
     @property
     def starts_from(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.nn.fingerprint import Fingerprint, is_held, sample, sha256
 from lightning_lora.nn.kind import Kind
+from lightning_lora.nn.pieces import pieces_of
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class QuantizedLinear(nn.Module, ABC):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return ``W`` of shape ``(O, I)`` in ``dtype``: exactly the weight that :meth:`forward` multiplies with."""
 
+    def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the rows of :meth:`dequantize` in order, a few at a time, without the whole of it where that can be."""
+        yield from pieces_of(self.dequantize(dtype), dtype)
+
     def remember(self, weight: Fingerprint) -> None:
         """Keep the fingerprint of the dense weight that this layer was made from."""
         self.origin = Origin(weight, sample(*self._packed()))
@@ -137,6 +142,18 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     if isinstance(layer, QuantizedLinear):
         return layer.dequantize(dtype)
     return stored_weight(layer).detach().to(dtype)
+
+
+def weight_pieces(layer: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield the rows of :func:`dense_weight` in order, a few at a time."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.pieces(dtype)
+    return pieces_of(stored_weight(layer).detach(), dtype)
+
+
+def weight_shape(layer: nn.Module) -> torch.Size:
+    """The shape of the weight as the layer stores it, or would if it were not quantized."""
+    return stored_weight(layer.dense() if isinstance(layer, QuantizedLinear) else layer).shape
 
 
 def weight_device(layer: nn.Module) -> torch.device:

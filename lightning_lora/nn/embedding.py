@@ -27,6 +27,11 @@ class EmbeddingKind(Kind):
 
     padding_idx: int | None = None
 
+    @property
+    def stores_rows(self) -> bool:
+        """No: the first axis is that of the tokens."""
+        return False
+
     def add_low_rank(self, y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         """Return ``y + s A[:, tokens]^T B^T``: the columns of ``A`` are looked up, as the base's rows are."""
         down = F.embedding(x, lora_A.t(), padding_idx=self.padding_idx).to(y.dtype)

@@ -11,6 +11,7 @@ from lightning_lora.nn.adapter import Adapter
 from lightning_lora.nn.experts import ExpertsKind
 from lightning_lora.nn.functional import delta
 from lightning_lora.nn.init import INITIALIZERS
+from lightning_lora.nn.pieces import PieceMerger
 
 if TYPE_CHECKING:
     from lightning_lora.nn.lora import LoRAConfig
@@ -46,6 +47,15 @@ class ExpertLoRA(Adapter):
     def merged(self, weight: Tensor) -> Tensor:
         """Return ``W + s B A`` of all experts in ``weight``'s dtype."""
         return weight + self.kind.from_matrix(delta(self.lora_A, self.lora_B, self.config.scale, weight.dtype))
+
+    def piece_merger(self) -> PieceMerger:
+        """Return what does so with some of the experts."""
+
+        def merge(piece: Tensor, rows: slice) -> Tensor:
+            update = delta(self.lora_A[rows], self.lora_B[rows], self.config.scale, piece.dtype)
+            return self.kind.from_matrix(update).add_(piece)
+
+        return merge
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

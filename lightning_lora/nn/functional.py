@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_lora.nn.pieces import PieceMerger
+
 
 def add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Return ``y + s (x A^T) B^T`` without forming the ``(O, I)`` product.
@@ -35,6 +37,15 @@ def add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
 def delta(lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return the weight update ``s B A`` of shape ``(O, I)``, computed in ``dtype``."""
     return (lora_B.to(dtype) @ lora_A.to(dtype)).mul_(scaling)
+
+
+def delta_merger(lora_A: Tensor, lora_B: Tensor, scaling: float) -> PieceMerger:
+    """Return what adds :func:`delta` to some rows of a weight whose first axis is ``O``."""
+
+    def merge(piece: Tensor, rows: slice) -> Tensor:
+        return delta(lora_A, lora_B[rows], scaling, piece.dtype).view(piece.shape).add_(piece)
+
+    return merge
 
 
 _PIECE = 2**20  # elements of W + s B A that exist at once

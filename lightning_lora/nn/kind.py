@@ -31,6 +31,11 @@ class Kind(ABC):
     in_features: int
     out_features: int
 
+    @property
+    def stores_rows(self) -> bool:
+        """Whether the first axis of a weight as the layer stores it is that of the matrix: its outputs."""
+        return True
+
     def check(self, config: Any) -> None:  # noqa: B027 (most take any method)
         """Raise ``ValueError`` if layers of this kind cannot be adapted by what an ``AdapterConfig`` says."""
 

@@ -34,6 +34,11 @@ class LinearKind(Kind):
 
     transposed: bool = False
 
+    @property
+    def stores_rows(self) -> bool:
+        """Not where it is transposed."""
+        return not self.transposed
+
     def add_low_rank(self, y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         """Return ``y + s (x A^T) B^T``."""
         return add_low_rank(y, x, lora_A, lora_B, scaling)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.nn.adapter import Adapter
-from lightning_lora.nn.functional import delta
+from lightning_lora.nn.functional import delta, delta_merger
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.kinds import kind_of
 from lightning_lora.nn.low_rank import LowRankConfig, draw_factors
+from lightning_lora.nn.pieces import PieceMerger
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +73,10 @@ class LoRAFA(Adapter):
     def merged(self, weight: Tensor) -> Tensor:
         """Return ``W + s B A`` in ``weight``'s dtype."""
         return weight + self.kind.from_matrix(delta(self.lora_A, self.lora_B, self.config.scale, weight.dtype))
+
+    def piece_merger(self) -> PieceMerger | None:
+        """Return what does so with some outputs alone, where the layer stores them first."""
+        return delta_merger(self.lora_A, self.lora_B, self.config.scale) if self.kind.stores_rows else None
 
     def update_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``A`` and ``s B``."""

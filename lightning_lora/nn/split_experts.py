@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.base import dense_weight, share_hooks, weight_dtype
+from lightning_lora.nn.copied import copied
 from lightning_lora.nn.experts import ExpertsKind, StackedWeight
 from lightning_lora.nn.kinds import kind_of
 from lightning_lora.nn.split import Split
@@ -44,7 +44,7 @@ class SplitExperts(Split):
         transposed = bool(getattr(source, "is_transposed", False))
         for name, parameter in stacks.items():
             self.add_module(name, StackedWeight(parameter, transposed=transposed))
-        self.base_module = base = _copied(source)
+        self.base_module = base = copied(source)
         for name in stacks:
             del base._parameters[name]
         share_hooks(nn.Module(), base)  # they run around this module
@@ -70,7 +70,7 @@ class SplitExperts(Split):
     def joined(self, layers: Mapping[str, nn.Module] | None = None, *, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the module with the weights of ``layers`` as its parameters."""
         layers = self.parts() if layers is None else layers
-        plain = _copied(self.base_module)
+        plain = copied(self.base_module)
         held = plain._parameters
         for name, layer in layers.items():
             stored = dict(layer.named_parameters(recurse=False)).get("weight")
@@ -103,14 +103,6 @@ def stacked_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     changed = "forward" in vars(module) or parametrize.is_parametrized(module)
     inner = any(True for child in module.children() for _ in child.parameters())
     return {} if changed or inner else found
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    """Return a module of its own that holds the same tensors, as do the modules in it."""
-    copied = copy.copy(module)  # which shares these dicts
-    copied._parameters, copied._buffers = dict(module._parameters), dict(module._buffers)
-    copied._modules = {name: child if child is None else _copied(child) for name, child in module._modules.items()}
-    return copied
 
 
 def _read(layer: nn.Module) -> Tensor:

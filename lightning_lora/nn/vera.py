@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_lora.nn.adapter import Adapter, AdapterConfig
 from lightning_lora.nn.kind import Kind
@@ -123,6 +124,10 @@ class VeRA(Adapter):
         """Return ``d ⊙ A`` and ``b ⊙ B``."""
         return self.vera_lambda_d.unsqueeze(1) * self.vera_A, self.vera_lambda_b.unsqueeze(1) * self.vera_B
 
+    def spectral_factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``d ⊙ L`` with ``A = L Q``, which is decomposed once for all layers that share it, and ``b ⊙ B``."""
+        return self.vera_lambda_d.unsqueeze(1) * triangle(self.vera_A), self.vera_lambda_b.unsqueeze(1) * self.vera_B
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set ``d`` to its constant and zero ``b``."""
@@ -172,6 +177,26 @@ def projection(config: VeRAConfig, factor: str, size: int, device: torch.device,
     if found is None:
         with torch.inference_mode(False):  # shared with layers that are trained
             _projections[key] = found = _draw(config, factor, size, device).to(device, dtype)
+    return found
+
+
+_triangles = WeakTensorKeyDictionary()
+
+
+@torch.no_grad()
+def triangle(projection: Tensor) -> Tensor:
+    """Return ``L`` of ``A = L Q`` with orthonormal rows of ``Q``: as good as ``A`` where only ``A A^T`` counts.
+
+    Args:
+        projection: ``A`` of shape ``(R, I)``, decomposed the first time it is seen.
+
+    Returns:
+        ``L`` of shape ``(R, min(R, I))``, like ``A`` on its device and in its dtype.
+    """
+    found: Tensor | None = _triangles.get(projection)  # type: ignore[no-untyped-call]
+    if found is None:
+        upper = torch.linalg.qr(projection.cpu().double().T, mode="r").R
+        _triangles[projection] = found = upper.T.contiguous().to(projection)
     return found
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_lora.errors import OptimizerError
+from lightning_lora.errors import OptimizerError, listing
+from lightning_lora.model.layers import require_adapters
 from lightning_lora.model.parameters import adapter_parameters, up_parameters
 
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -42,6 +43,7 @@ def param_groups(
 
     Raises:
         AdapterError: If the model has no adapters.
+        OptimizerError: If none of them has a factor ``B``, and ``lr_ratio`` is not 1.
         ValueError: If ``lr`` or ``lr_ratio`` is not finite and above 0.
 
     Example:
@@ -52,7 +54,7 @@ def param_groups(
     """
     check_rate("lr", lr)
     check_rate("lr_ratio", lr_ratio)
-    adapters, up = {id(p) for p in adapter_parameters(model)}, {id(p) for p in up_parameters(model)}
+    adapters, up = {id(p) for p in adapter_parameters(model)}, {id(p) for p in factors_up(model, lr_ratio)}
     groups: dict[str, list[Tensor]] = {"A": [], "B": [], "others": [], "vectors": []}
     for parameter in (p for p in model.parameters() if p.requires_grad):
         if id(parameter) in up:
@@ -72,6 +74,23 @@ def param_groups(
         for name, parameters in groups.items()
         if parameters
     ]
+
+
+def factors_up(model: nn.Module, lr_ratio: float) -> list[nn.Parameter]:
+    """Return the factors ``B``, of which there have to be some where they are to learn at a rate of their own.
+
+    Raises:
+        OptimizerError: If ``lr_ratio`` would change nothing.
+    """
+    found = list(up_parameters(model))
+    if lr_ratio != 1 and not found:
+        layers = require_adapters(model).values()
+        methods = sorted({layer.adapter(name).config.method for layer in layers for name in layer.adapters})
+        raise OptimizerError(
+            f"lr_ratio={lr_ratio:g} is for factors B (LoRA+), and adapters of {listing(methods)} have none, so it "
+            "would do nothing. Leave it at 1"
+        )
+    return found
 
 
 def speed_up(optimizer: Optimizer, schedulers: Iterable[Any], up: Iterable[Tensor], lr_ratio: float) -> None:

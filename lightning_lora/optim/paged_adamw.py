@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import OptimizerError
 from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
-
-_TORCH_ONLY = {
-    "foreach",
-    "fused",
-    "capturable",
-    "differentiable",
-    "amsgrad",
-    "maximize",
-    "decoupled_weight_decay",
-    "params",
-}
-
-_HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
-"""Where torch keeps what ``register_step_pre_hook`` and its like were given."""
+from lightning_lora.optim.takeover import groups_of, with_hooks_of
 
 
-def replaceable(optimizer: Optimizer) -> bool:
-    """Whether there is a paged 8-bit form: for exactly ``torch.optim.Adam`` and ``AdamW``, not for subclasses."""
-    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+@dataclass(frozen=True, kw_only=True)
+class PagedAdamW8bit:
+    """AdamW whose moments are in 8 bits and, on CUDA, paged; see :class:`FlatPagedAdamW8bit`."""
+
+    name: ClassVar[str] = "paged_adamw_8bit"
+
+    def build(self, optimizer: Optimizer, model: nn.Module, names: Mapping[Tensor, str]) -> FlatPagedAdamW8bit:
+        """Return it over the parameter groups of ``optimizer``; see :class:`lightning_lora.optim.swaps.Swap`."""
+        return paged_adamw_8bit(optimizer, names)
 
 
 def paged_adamw_8bit(optimizer: Optimizer, names: Mapping[Tensor, str] | None = None) -> FlatPagedAdamW8bit:
@@ -52,39 +37,5 @@ def paged_adamw_8bit(optimizer: Optimizer, names: Mapping[Tensor, str] | None = 
     Raises:
         OptimizerError: If the optimizer computes something the 8-bit one cannot.
     """
-    _refuse_differences(optimizer)
-    groups: list[dict[str, Any]] = []
-    for group in optimizer.param_groups:
-        kept = {key: value for key, value in group.items() if key not in _TORCH_ONLY}
-        kept["lr"] = float(kept["lr"])
-        groups.append({**kept, "params": list(group["params"])})
-    swapped = FlatPagedAdamW8bit(groups, names=names)
-    for hooks in _HOOKS:  # the same dicts, so that the handles which registering returned go on removing
-        setattr(swapped, hooks, getattr(optimizer, hooks))
-    return swapped
-
-
-def _refuse_differences(optimizer: Optimizer) -> None:
-    for index, group in enumerate(optimizer.param_groups):
-        for flag in ("amsgrad", "maximize", "differentiable"):
-            if group.get(flag):
-                raise OptimizerError(
-                    f"{optimizer_name(optimizer)} has {flag}=True in group {index}, which the paged 8-bit AdamW "
-                    f"cannot do. {FIX}"
-                )
-        if type(optimizer) is torch.optim.Adam and group["weight_decay"] and not group.get("decoupled_weight_decay"):
-            raise OptimizerError(
-                f"torch.optim.Adam adds its weight_decay={group['weight_decay']} (group {index}) to the gradient, the "
-                f"paged 8-bit AdamW subtracts it from the weights. Use torch.optim.AdamW, or weight_decay=0. {FIX}"
-            )
-    if optimizer.state:
-        raise OptimizerError(f"{optimizer_name(optimizer)} has stepped already; its moments would be lost. {FIX}")
-
-
-FIX = "To keep your optimizer as it is, pass optimizer=None"
-"""The way out of every refusal here."""
-
-
-def optimizer_name(optimizer: Optimizer) -> str:
-    """The class of one of torch's optimizers, as people write it."""
-    return f"torch.optim.{type(optimizer).__name__}"
+    groups = groups_of(optimizer, "the paged 8-bit AdamW")
+    return with_hooks_of(optimizer, FlatPagedAdamW8bit(groups, names=names))

@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_lora.errors import OptimizerError, listing
-from lightning_lora.model.parameters import up_parameters
-from lightning_lora.optim.lora_plus import speed_up
-from lightning_lora.optim.paged_adamw import FIX, optimizer_name, paged_adamw_8bit, replaceable
+from lightning_lora.optim.lora_plus import factors_up, speed_up
+from lightning_lora.optim.swaps import FOR_FULL_TRAINING, Swap
+from lightning_lora.optim.takeover import FIX, optimizer_name, replaceable
 
 Scheduler = LRScheduler | ReduceLROnPlateau
 
@@ -22,7 +22,7 @@ def rewrite_optimizers(
     optimizers: Sequence[Optimizer],
     schedulers: Iterable[Scheduler],
     *,
-    paged_8bit: bool,
+    swap: Swap | None,
     lr_ratio: float = 1.0,
     owners: Mapping[Tensor, Iterable[nn.Module]] | None = None,
     names: Mapping[Tensor, str] | None = None,
@@ -31,15 +31,14 @@ def rewrite_optimizers(
 
     Frozen parameters are taken out of every group, whatever the class. An adapter that is in no optimizer joins the
     group that holds the weight of its layer, and so gets the learning rate and weight decay meant for that layer: this
-    is how an optimizer works that was built before the adapters were. With ``paged_8bit``, ``torch.optim.Adam`` and
-    ``AdamW`` become the paged 8-bit AdamW, and every scheduler goes on with the new one; optimizers of other
-    classes are kept.
+    is how an optimizer works that was built before the adapters were. With ``swap``, ``torch.optim.Adam`` and ``AdamW``
+    become what it builds, and every scheduler goes on with the new one; optimizers of other classes are kept.
 
     Args:
         model: A model with adapters.
         optimizers: What ``configure_optimizers`` returned, not stepped yet.
         schedulers: The schedulers over them, changed in place.
-        paged_8bit: Whether to swap Adam and AdamW.
+        swap: What Adam and AdamW become; None keeps them.
         lr_ratio: What the learning rate of the factors ``B`` is multiplied by (LoRA+); groups are split for it.
         owners: The adapted layers that each weight of the original model went into, by identity.
         names: Names of parameters, under which the paged 8-bit AdamW saves their moments.
@@ -54,12 +53,15 @@ def rewrite_optimizers(
         _drop_frozen(optimizer)
     schedulers = list(schedulers)
     if lr_ratio != 1:
+        up = factors_up(model, lr_ratio)
         for optimizer in optimizers:
-            speed_up(optimizer, _driving(optimizer, schedulers), up_parameters(model), lr_ratio)
-    if not paged_8bit:
+            speed_up(optimizer, _driving(optimizer, schedulers), up, lr_ratio)
+    if swap is None:
         return list(optimizers)
+    if isinstance(swap, FOR_FULL_TRAINING):
+        _refuse_others(optimizers, swap)
     swapped: dict[Optimizer, Optimizer] = {
-        optimizer: paged_adamw_8bit(optimizer, names) for optimizer in optimizers if replaceable(optimizer)
+        optimizer: swap.build(optimizer, model, names or {}) for optimizer in optimizers if replaceable(optimizer)
     }
     for scheduler in schedulers:
         for part in _with_parts(scheduler):
@@ -78,8 +80,8 @@ def check_references(owner: object, built: Sequence[Optimizer], used: Sequence[O
         for item in value if isinstance(value, list | tuple) else (value,):
             if id(item) in replaced:
                 raise OptimizerError(
-                    f"self.{name} is a {optimizer_name(item)} that the paged 8-bit AdamW has replaced, and stepping "
-                    f"it would change nothing. Take the optimizer from self.optimizers() in training_step. {FIX}"
+                    f"self.{name} is a {optimizer_name(item)} that the callback has replaced, and stepping it "
+                    f"would change nothing. Take the optimizer from self.optimizers() in training_step. {FIX}"
                 )
 
 
@@ -115,6 +117,17 @@ def _check_coverage(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         raise OptimizerError(
             f"{len(missing)} of {len(trainable)} trainable parameters are in no optimizer and would stay as they are: "
             f"{listing(missing)}. Pass self.parameters() in configure_optimizers, or exclude those layers"
+        )
+
+
+def _refuse_others(optimizers: Iterable[Optimizer], swap: Swap) -> None:
+    """What was asked for by name is not to be left out."""
+    others = [optimizer for optimizer in optimizers if not replaceable(optimizer)]
+    if others:
+        raise OptimizerError(
+            f"optimizer={swap.name!r} takes the place of torch.optim.Adam and AdamW, and configure_optimizers returns "
+            f"{listing(type(optimizer).__name__ for optimizer in others)}. Return torch.optim.AdamW there, or pass "
+            "optimizer=None"
         )
 
 

@@ -5,7 +5,9 @@ A format says how a piece of a weight is rounded to its levels, and how codes be
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from typing_extensions import Self
 
 from lightning_lora import dependencies
 from lightning_lora.kernels.packed import DTYPES, NESTED_BLOCK, Packed
+from lightning_lora.nn.pieces import rows_at_once
 from lightning_lora.quantization.config import CodebookConfig
 from lightning_lora.quantization.frozen_linear import FrozenLinear
 
@@ -57,7 +60,17 @@ class CodebookLinear(FrozenLinear[CodebookConfig]):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight of shape ``(O, I)`` that :meth:`forward` multiplies with when it computes in ``dtype``."""
-        return self._dequantize(dtype if dtype in DTYPES else torch.float32).to(dtype)
+        return self._dequantize(self.packed, self._shape, dtype if dtype in DTYPES else torch.float32).to(dtype)
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the rows of :meth:`dequantize` in order; a piece ends where a block does, nested ones included."""
+        whole, columns, block_size = self.packed, self.in_features, self.config.block_size
+        nested = block_size * NESTED_BLOCK if whole.nested else block_size
+        count = rows_at_once(self._shape, multiple=nested // math.gcd(nested, columns))
+        for begin in range(0, self.out_features, count):
+            rows = min(count, self.out_features - begin)
+            part = whole.part(begin * columns, rows * columns, self.config.bits)
+            yield self._dequantize(part, (rows, columns), dtype if dtype in DTYPES else torch.float32).to(dtype)
 
     @property
     def packed(self) -> Packed:
@@ -74,8 +87,8 @@ class CodebookLinear(FrozenLinear[CodebookConfig]):
         """Return packed codes and the maximum of each block, in ``float32``, of a flat piece in one of ``DTYPES``."""
 
     @abstractmethod
-    def _dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight in one of ``DTYPES``."""
+    def _dequantize(self, packed: Packed, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Return a weight, this one or some of its rows, in one of ``DTYPES``."""
 
     @classmethod
     def _pack(cls, flat: Tensor, config: CodebookConfig) -> tuple[Tensor, Tensor]:

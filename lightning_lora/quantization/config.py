@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -9,9 +10,12 @@ from typing import ClassVar, Protocol
 import torch
 from typing_extensions import Self
 
-from lightning_lora.kernels.packed import DTYPES
+from lightning_lora.kernels.packed import DTYPES, sizes
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each packed tensor of a weight, by its name in the layer; ``int32`` are bits of ``float32``."""
 
 
 class QuantizationConfig(Protocol):
@@ -34,6 +38,9 @@ class QuantizationConfig(Protocol):
     def storage(self) -> str:
         """In a few words, as ``print(model)``, summaries and checkpoints say it: ``nf4/64 double-quantized``."""
 
+    def layout(self, out_features: int, in_features: int) -> Layout:
+        """The packed tensors of a weight of shape ``(O, I)``."""
+
     def __hash__(self) -> int:
         """Configs are values."""
 
@@ -44,6 +51,12 @@ class QuantizationConfig(Protocol):
         Raises:
             ValueError: If it describes none.
         """
+
+
+def packed_bytes(config: QuantizationConfig, out_features: int, in_features: int) -> int:
+    """Return the bytes of a weight of shape ``(O, I)``: codes and all constants."""
+    layout = config.layout(out_features, in_features)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
 
 
 def check_compute_dtype(dtype: torch.dtype | None) -> None:
@@ -92,6 +105,13 @@ class CodebookConfig:
     def storage(self) -> str:
         """Name, block size, and whether the maxima are quantized too: ``nf4/64 double-quantized``."""
         return f"{self.name}/{self.block_size}" + (" double-quantized" if self.double_quant else "")
+
+    def layout(self, out_features: int, in_features: int) -> Layout:
+        """Codes, and a constant per block: in 8 bits, with constants of their own, when double-quantized."""
+        counts = sizes(out_features * in_features, self.bits, self.block_size, nested=self.double_quant)
+        dtypes = (torch.uint8, torch.uint8 if self.double_quant else torch.int32, torch.int32, torch.int32)
+        names = ("codes", "absmax", "nested_absmax", "offset")
+        return {name: ((count,), dtype) for name, count, dtype in zip(names, counts, dtypes, strict=True)}
 
     @classmethod
     def from_storage(cls, words: str) -> Self:
@@ -218,6 +238,10 @@ class Int8Config:
     def storage(self) -> str:
         """``int8/row``."""
         return f"{self.name}/row"
+
+    def layout(self, out_features: int, in_features: int) -> Layout:
+        """A code for each weight, a maximum for each row."""
+        return {"codes": ((out_features, in_features), torch.int8), "absmax": ((out_features,), torch.int32)}
 
     @classmethod
     def from_storage(cls, words: str) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.quantization.config import (
@@ -44,6 +45,32 @@ def linear_class(config: QuantizationConfig) -> type[FrozenLayer]:
 def quantized_linear(layer: nn.Linear, config: QuantizationConfig, *, weight: Tensor | None = None) -> FrozenLayer:
     """Quantize a layer's weight, or another one in its place; the layer stays as it is and its bias is shared."""
     return linear_class(config).from_linear(layer, config, weight=weight)
+
+
+def blank_linear(layer: nn.Linear, config: QuantizationConfig) -> FrozenLayer:
+    """Return a layer that takes the place of another one in size, without values: for whoever counts or loads.
+
+    Its tensors are where the layer's weight is, the meta device included; the bias is shared.
+    """
+    layout = config.layout(layer.out_features, layer.in_features)
+    packed = {
+        name: torch.empty(shape, dtype=dtype, device=layer.weight.device) for name, (shape, dtype) in layout.items()
+    }
+    shape, dtype = (layer.out_features, layer.in_features), layer.weight.dtype
+    return linear_class(config)(shape, config, packed, bias=layer.bias, source_dtype=dtype).train(layer.training)
+
+
+def config_of(value: str | QuantizationConfig) -> QuantizationConfig:
+    """A storage by its name, or as its config.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if not isinstance(value, str) and type(value) in CONFIGS.values():
+        return value
+    if value not in CONFIGS:
+        raise ValueError(f"quantization must be one of {', '.join(CONFIGS)}, their configs or None, got {value!r}")
+    return CONFIGS[str(value)]()
 
 
 def from_storage(words: str) -> QuantizationConfig:

@@ -65,8 +65,13 @@ class FrozenLinear(QuantizedLinear, Generic[Config]):
 
     @classmethod
     def refusal(cls, weight: Tensor, device: torch.device) -> str | None:
-        """Why this format cannot hold a weight on that device, or None if it can."""
+        """Why this format cannot hold a weight of that shape on that device, or None if it can; no value is read."""
         return None if device.type in ("cpu", "cuda") else f"no kernel for it on {device.type}"
+
+    @classmethod
+    def refusal_of_values(cls, weight: Tensor) -> str | None:
+        """Why this format cannot hold these values, or None if it can."""
+        return None
 
     def hold_as_parameters(self) -> None:
         """Hold the packed tensors as frozen parameters instead of buffers, under the same names.

@@ -9,6 +9,7 @@ product in the compute dtype.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_lora import dependencies
+from lightning_lora.nn.pieces import rows_at_once
 from lightning_lora.quantization.config import Int8Config
 from lightning_lora.quantization.frozen_linear import FrozenLinear
 
@@ -55,13 +57,22 @@ class Int8Linear(FrozenLinear[Int8Config]):
         return cls(shape, Int8Config(), packed, bias=layer.bias, source_dtype=dtype).train(layer.training)
 
     @classmethod
-    def refusal(cls, weight: Tensor, device: torch.device) -> str | None:
+    def refusal_of_values(cls, weight: Tensor) -> str | None:
         """Bitsandbytes rounds to ``float16`` first, which ends at 65504."""
         if not weight.is_meta and weight.numel() and weight.abs().amax() > torch.finfo(torch.float16).max:
             return "its weight has values beyond 65504, the largest of float16, from which INT8 is rounded"
-        return super().refusal(weight, device)
+        return super().refusal_of_values(weight)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight of shape ``(O, I)`` that :meth:`forward` multiplies with when it computes in ``dtype``."""
-        maxima = self.absmax.view(torch.float32)[:, None]
-        return (self.codes * maxima).mul_(_STEP).to(dtype)
+        return self._dequantize(slice(None), dtype)
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the rows of :meth:`dequantize` in order."""
+        count = rows_at_once(self.codes.shape)
+        for begin in range(0, self.out_features, count):
+            yield self._dequantize(slice(begin, begin + count), dtype)
+
+    def _dequantize(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        maxima = self.absmax.view(torch.float32)[rows, None]
+        return (self.codes[rows] * maxima).mul_(_STEP).to(dtype)

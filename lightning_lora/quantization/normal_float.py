@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_lora.kernels import normal_float
 from lightning_lora.kernels.codebook import dequantize_codebook
+from lightning_lora.kernels.packed import Packed
 from lightning_lora.quantization.codebook import CodebookLinear
 from lightning_lora.quantization.config import CodebookConfig
 
@@ -18,5 +19,5 @@ class NormalFloatLinear(CodebookLinear):
     def _quantize(cls, flat: Tensor, config: CodebookConfig) -> tuple[Tensor, Tensor]:
         return normal_float.quantize(flat, config.bits, config.block_size)
 
-    def _dequantize(self, dtype: torch.dtype) -> Tensor:
-        return dequantize_codebook(self.packed, self.config.name, self._shape, dtype)
+    def _dequantize(self, packed: Packed, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return dequantize_codebook(packed, self.config.name, shape, dtype)

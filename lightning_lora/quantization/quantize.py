@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lightning_lora import dependencies
 from lightning_lora.errors import QuantizationError, listing
 from lightning_lora.model.layers import require_adapters
-from lightning_lora.model.merge import is_finite
 from lightning_lora.model.progress import progress
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.adapter import AdapterConfig
@@ -19,9 +18,9 @@ from lightning_lora.nn.base import QuantizedLinear, adopter_of, stored_weight
 from lightning_lora.nn.experts import StackedWeight
 from lightning_lora.nn.fingerprint import fingerprints
 from lightning_lora.quantization.config import NF4Config, QuantizationConfig
-from lightning_lora.quantization.expected_error import expected_error
+from lightning_lora.quantization.expected_error import lossy
 from lightning_lora.quantization.formats import FrozenLayer, linear_class, quantized_linear
-from lightning_lora.quantization.nf4_stack import NF4Stack
+from lightning_lora.quantization.pack import pack, require_finite
 
 _DEFAULT = NF4Config()
 
@@ -100,21 +99,46 @@ def check_quantizable(
         UnsupportedError: If bitsandbytes is not installed.
     """
     dependencies.bitsandbytes(f"quantization={config.name!r}")
-    kept = {}
-    for name, layer in layers.items():
-        base = layer.base_layer if isinstance(layer, AdaptedLayer) else layer
-        if isinstance(base, QuantizedLinear) or adopter_of(base) is not None:
-            continue
-        reason = _refusal(base, config, device)
+    dense = _dense_bases(layers)
+    kept = refusals(layers, config, device)
+    for name, base in dense.items():
+        reason = linear_class(config).refusal_of_values(stored_weight(base).detach()) if name not in kept else None
         if reason is not None:
             kept[name] = reason
+    refuse_none_left(layers, kept, config)
+    return kept
+
+
+def refusals(
+    layers: Mapping[str, nn.Module], config: QuantizationConfig, device: torch.device | str | None = None
+) -> dict[str, str]:
+    """Return the layers that stay dense whatever their values are, with the reason.
+
+    Args:
+        layers: Linear layers by name, with adapters or without.
+        config: How they would be stored.
+        device: Where they would be quantized; None is where each of them is.
+    """
+    reasons = {name: _refusal(base, config, device) for name, base in _dense_bases(layers).items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def refuse_none_left(layers: Mapping[str, nn.Module], kept: Mapping[str, str], config: QuantizationConfig) -> None:
+    """Raise ``QuantizationError`` if there are layers and all of them stay dense."""
     if layers and len(kept) == len(layers):
         reasons = listing(f"{name}: {reason}" for name, reason in kept.items())
         raise QuantizationError(
             f"none of the {len(layers)} adapted layers can be held in {config.name.upper()} ({reasons}). Use "
             "quantization=None"
         )
-    return kept
+
+
+def _dense_bases(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers, or those under their adapters, that are in few bits nowhere yet."""
+    bases = {n: layer.base_layer if isinstance(layer, AdaptedLayer) else layer for n, layer in layers.items()}
+    return {
+        name: base for name, base in bases.items() if not isinstance(base, QuantizedLinear) and adopter_of(base) is None
+    }
 
 
 def _refusal(base: nn.Module, config: QuantizationConfig, device: torch.device | str | None) -> str | None:
@@ -166,8 +190,7 @@ def _warn_of_plain_starts(layers: Mapping[str, AdaptedLayer], config: Quantizati
     ]
     if config.needs_start and plain:
         warnings.warn(
-            f"quantization={config.name!r} loses {expected_error(config):.0%} of Gaussian weights (relative error; NF4 "
-            f"{expected_error(_DEFAULT):.0%}), and the adapters of {listing(plain)} do not start from what is lost: "
+            f"{lossy(config)}, and the adapters of {listing(plain)} do not start from what is lost: "
             "training starts at another model. Use init='loftq', or quantization='nf4'",
             UserWarning,
             stacklevel=4,
@@ -176,10 +199,8 @@ def _warn_of_plain_starts(layers: Mapping[str, AdaptedLayer], config: Quantizati
 
 def _quantized(layer: AdaptedLayer, base: nn.Module, config: QuantizationConfig) -> FrozenLayer:
     """Quantize a base, without the start of the first active adapter that takes one off."""
-    if isinstance(base, StackedWeight):  # adapters on experts take nothing off
-        assert isinstance(config, NF4Config)
-        return NF4Stack.from_stack(base, config)
-    assert isinstance(base, nn.Linear)
+    if not isinstance(base, nn.Linear):  # adapters on experts take nothing off
+        return pack(base, config)
 
     def rounded(weight: Tensor) -> Tensor:
         return quantized_linear(base, config, weight=weight).dequantize(torch.float32)
@@ -189,7 +210,7 @@ def _quantized(layer: AdaptedLayer, base: nn.Module, config: QuantizationConfig)
         if rest is not None:
             layer.base_lacks = name
             return quantized_linear(base, config, weight=rest)
-    return quantized_linear(base, config)
+    return pack(base, config)
 
 
 def _check_weights(layers: Mapping[str, AdaptedLayer]) -> None:
@@ -198,8 +219,4 @@ def _check_weights(layers: Mapping[str, AdaptedLayer]) -> None:
         assert isinstance(weight, torch.Tensor)
         if weight.is_meta:
             raise QuantizationError(f"{name} has no weight yet (meta device); load the weights before quantizing")
-        if not is_finite(weight):
-            raise QuantizationError(
-                f"the base weight of {name} holds NaN or infinity: one such value would spoil its whole block. Mend "
-                f"the base model, or pass exclude={name!r}"
-            )
+        require_finite(name, layer.base_layer)

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -44,6 +45,8 @@ class Claim:
         return self.measured <= self.limit
 
     def __str__(self) -> str:
+        if math.isnan(self.measured):
+            return f"not measured: {self.text} (limit {self.limit:g})"
         verdict = "met" if self.met else "NOT MET"
         return f"{verdict}: {self.text} (measured {self.measured:.3f}, limit {self.limit:g})"
 

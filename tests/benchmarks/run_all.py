@@ -1,4 +1,6 @@
-"""Run every benchmark and write what they found to docs/benchmarks/cpu.md and docs/benchmarks/cpu.json.
+"""Run the benchmarks of parts and write what they found to docs/benchmarks/cpu.md and docs/benchmarks/cpu.json.
+
+Whole training steps beside the peers' are in compare.py, which writes a page of its own.
 
 Each script runs in a process of its own, with the threads asked for; its table appears as soon as it is done. Takes
 about ten minutes on two cores. The written tables name the command that makes each of them again.
@@ -21,7 +23,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCRIPTS = (
     "linear_step.py",
-    "transformer_step.py",
     "dora_step.py",
     "saved_activations.py",
     "recomputation.py",

@@ -16,15 +16,19 @@ WARM_UP = 3
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    *,
+    warm_up: int = WARM_UP,
 ) -> dict[str, list[float]]:
-    """Return the seconds of each contender in each round, by ``clock``."""
+    """Return the seconds of each contender in each round, by ``clock``, from the end of the warm-up on."""
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for index in range(-WARM_UP, rounds):
+        for index in range(-warm_up, rounds):
             for name in names[index % len(names) :] + names[: index % len(names)]:
                 elapsed = _seconds(contenders[name], clock)
                 if index >= 0:

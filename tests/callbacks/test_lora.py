@@ -16,6 +16,7 @@ from torch import nn
 from lightning_lora import (
     AdapterError,
     CheckpointError,
+    DoRAConfig,
     GradientError,
     LoRACallback,
     LoRAConfig,
@@ -328,6 +329,15 @@ def test_output_dir_gets_the_adapter_and_the_merged_weights(module, trainer, tmp
         assert torch.equal(untouched.eval()(TOKENS), expected)
 
 
+def test_an_output_dir_that_could_not_be_written_is_refused_before_the_first_step(module, trainer, tmp_path):
+    """PEFT's format has one method for all layers."""
+    targets = {"q_proj": LoRAConfig(r=4), "up_proj": DoRAConfig(r=4)}
+    with pytest.raises(AdapterError, match=r"output_dir='.*' could not get the adapter .* one method for all layers"):
+        trainer(LoRACallback(targets, output_dir=str(tmp_path / "out"))).fit(module, loader())
+    assert not module.losses
+    trainer(LoRACallback(targets)).fit(module, loader())
+
+
 def test_a_run_starts_from_a_saved_adapter(module, trainer, tmp_path):
     torch.manual_seed(0)
     base = copy.deepcopy(module)
@@ -496,7 +506,7 @@ def test_a_trainer_of_the_other_package_is_refused_with_what_to_import(tmp_path)
         ({"lr_ratio": 0}, "lr_ratio must be finite and above 0"),
         ({"method": "full", "lr_ratio": 16}, "method='full' has no factors A and B"),
         ({"quantization": "nf5"}, "quantization must be one of auto, nf4, fp4, nf3, nf2, int8, got 'nf5'"),
-        ({"optimizer": "adamw"}, "optimizer must be one of paged_adamw_8bit, got 'adamw'"),
+        ({"optimizer": "adamw"}, "optimizer must be one of paged_adamw_8bit, galore_adamw, badam, got 'adamw'"),
         ({"targets": {"q_proj": {"rank": 4}}}, r"targets\['q_proj'\] has rank; fields are r, alpha"),
     ],
 )

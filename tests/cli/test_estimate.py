@@ -30,7 +30,7 @@ def test_methods_stand_side_by_side_and_what_fits_is_said(config, capsys, tmp_pa
     assert main([*given, "--method", "lora", "--method", "galore", "--out", str(tmp_path / "memory.png")]) == 0
     shown = capsys.readouterr().out
     assert "lora: fits 2MB" in shown
-    assert "galore: optimizer: by formula" in shown
+    assert "galore: fits 2MB" in shown
     assert (tmp_path / "memory.png").is_file()
 
 

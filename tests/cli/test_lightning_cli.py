@@ -130,7 +130,7 @@ def test_the_saved_config_repeats_the_run(config, tmp_path, section):
     saved = tmp_path / "run" / "config.yaml"
     again = LoRACLI(args=["fit", "--config", str(saved), "--trainer.default_root_dir", str(tmp_path / "again")])
     ours, theirs = lora_of(again.trainer), lora_of(first.trainer)
-    for name in ("settings", "paged_8bit", "merge"):
+    for name in ("settings", "swap", "merge"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert_same_run(again.model, first.model)
     resaved = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
@@ -153,7 +153,7 @@ def test_a_run_without_a_seed_saves_the_one_it_drew(config, tmp_path):
         (["--quantization", "null"], "quantization", None),
         (["--quantization", "{block_size: 128}"], "quantization", NF4Config(block_size=128)),
         (["--quantization.block_size", "128"], "quantization", NF4Config(block_size=128)),
-        (["--optimizer", "null"], "paged_8bit", False),
+        (["--optimizer", "null"], "swap", None),
         (["--train", "head"], "train", ("head",)),
         (["--merge", "false"], "merge", False),
         (["--output_dir", "null"], "output_dir", None),

@@ -6,11 +6,29 @@ import sys
 import types
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_lora import AdapterError, LoRAConfig, TargetError, activate, inject, merge, quantize, summary
+from lightning_lora import (
+    AdapterError,
+    LoRACallback,
+    LoRAConfig,
+    OptimizerError,
+    TargetError,
+    activate,
+    inject,
+    load_from_checkpoint,
+    merge,
+    param_groups,
+    quantize,
+    summary,
+)
+from lightning_lora.callbacks.settings import METHODS
+from lightning_lora.io.conversion import checkpoint_to_folder
+from lightning_lora.io.inspection import inspect
 from tests.conformance.combinations import KINDS
 from tests.conftest import randomize, relative_difference
 
@@ -52,3 +70,73 @@ def test_it_trains_over_a_quantized_base_and_is_refused_beside_another(scale):
     inject(model, "0", LoRAConfig(r=2), name="second")
     with pytest.raises(AdapterError, match="'default' is scale"):
         activate(model, "default", "second")
+
+
+class Module(L.LightningModule):
+    """Its base is the same whenever it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.net = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4))
+
+    def training_step(self, batch, _):
+        return (self.net(batch) - 1).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.fixture
+def named(scale, monkeypatch) -> None:
+    monkeypatch.setitem(METHODS, "scale", scale.ScaleConfig)
+
+
+@pytest.fixture
+def fit(tmp_path):
+    def run(**arguments) -> tuple[Module, L.Trainer]:
+        callback = LoRACallback("*", method="scale", merge=False, **arguments)
+        trainer = L.Trainer(
+            max_steps=4,
+            accelerator="cpu",
+            callbacks=[callback],
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        module = Module()
+        trainer.fit(module, DataLoader(torch.randn(32, 16), batch_size=8))
+        return module, trainer
+
+    return run
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_its_name_alone_gives_runs_and_their_checkpoints(named, fit, quantization, tmp_path):
+    module, trainer = fit(quantization=quantization)
+    trainer.save_checkpoint(tmp_path / "it.ckpt")
+    loaded, x = load_from_checkpoint(Module, tmp_path / "it.ckpt"), torch.randn(3, 16)
+    assert all(p.abs().max() > 0 for name, p in loaded.named_parameters() if name.endswith("gain"))
+    assert torch.equal(loaded.net(x), module.eval().net(x))
+    assert inspect(tmp_path / "it.ckpt")["method"] == "scale"
+
+
+def test_what_it_cannot_do_is_refused_before_it_is_trained(named, fit, tmp_path):
+    with pytest.raises(ValueError, match="method='scale' does not have r=8; it has start"):
+        LoRACallback(method="scale", r=8)
+    with pytest.raises(AdapterError, match=r"output_dir='out' could not get .* no method 'scale', which is on 0, 2"):
+        fit(output_dir="out")
+    with pytest.raises(OptimizerError, match=r"lr_ratio=16 is for factors B .* adapters of scale have none"):
+        fit(lr_ratio=16)
+
+
+def test_it_has_no_place_in_a_folder_and_no_groups_of_lora_plus(named, fit, tmp_path):
+    module, trainer = fit(quantization=None)
+    trainer.save_checkpoint(tmp_path / "it.ckpt")
+    with pytest.raises(AdapterError, match="PEFT's format has no method 'scale'"):
+        checkpoint_to_folder(tmp_path / "it.ckpt", tmp_path / "folder")
+    assert [group["name"] for group in param_groups(module, lr=1.0)] == ["vectors"]
+    with pytest.raises(OptimizerError, match="lr_ratio=4"):
+        param_groups(module, lr=1.0, lr_ratio=4)

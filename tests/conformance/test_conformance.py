@@ -11,6 +11,8 @@ import io
 import pickle
 import re
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -69,14 +71,16 @@ def is_forbidden(c: Combination) -> bool:
 
 
 EVERY = list(every_combination())
+READY = [storage for storage in SAMPLED if storage != "nf2"]
+"""Storages for any start."""
+PLAIN = [c for c in EVERY if c.kind == "linear" and c.storage == "nf4" and c.init in (None, "kaiming")]
+"""One of each method."""
 SAMPLES = [
-    *(Combination("lora", "linear", storage, "kaiming") for storage in ("fp4", "nf3", "int8")),
+    *(Combination("lora", "linear", storage, "kaiming") for storage in READY),
+    *(replace(c, storage=storage) for c, storage in zip(PLAIN, cycle(READY), strict=False) if c.method != "lora"),
     Combination("lora", "linear", "nf2", "loftq"),
     Combination("lora", "linear", "int8", "pissa"),
     Combination("lora", "attention", "nf3", "kaiming"),
-    Combination("dora", "linear", "int8", "kaiming"),
-    Combination("lora_fa", "linear", "fp4", "kaiming"),
-    Combination("vera", "linear", "nf3"),
 ]
 """Of the storages beside NF4: each alone, and each method over one of them."""
 ALLOWED = [*(c for c in EVERY if not is_forbidden(c)), *SAMPLES]

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._C._profiler import _EventType
 
 
-def peak_allocations(act: Callable[[], None]) -> int:
-    """Return the most bytes that were allocated at once while ``act`` ran, beyond those from before it.
+@dataclass(frozen=True)
+class Allocations:
+    """Bytes beyond those from before: the most at once, and those that are still there at the end."""
+
+    peak: int
+    kept: int
+
+
+def allocations(act: Callable[[], object]) -> Allocations:
+    """Return what was allocated while ``act`` ran.
 
     Memory from before that is given back meanwhile is not noticed.
     """
@@ -31,7 +40,12 @@ def peak_allocations(act: Callable[[], None]) -> int:
             continue
         now += size
         most = max(most, now)
-    return most
+    return Allocations(peak=most, kept=now)
+
+
+def peak_allocations(act: Callable[[], object]) -> int:
+    """Return the most bytes that were allocated at once while ``act`` ran, beyond those from before it."""
+    return allocations(act).peak
 
 
 def _all(events: list[Any]) -> Iterator[Any]:

@@ -7,14 +7,28 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_lora import LoRAConfig, NF4Config, inject, quantize
+from lightning_lora import (
+    BAdam,
+    DoRAConfig,
+    FP4Config,
+    GaLore,
+    Int8Config,
+    LoRAConfig,
+    NF3Config,
+    NF4Config,
+    VeRAConfig,
+    chunked_cross_entropy,
+    inject,
+    quantize,
+)
 from lightning_lora.errors import AdapterError, QuantizationError, TargetError, UnsupportedError
 from lightning_lora.estimation.estimate import estimate, standing
 from lightning_lora.estimation.replay import PARTS, default_step, recompute
-from lightning_lora.estimation.setup import METHODS, Setup
-from lightning_lora.estimation.storage import STORAGES, Blockwise
+from lightning_lora.estimation.setup import METHODS, STORAGES, Setup
 from lightning_lora.metrics.memory import SavedActivations, holdings
+from lightning_lora.optim.badam import blocks_of
 from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
+from lightning_lora.quantization.config import packed_bytes
 from tests.estimation.allocations import peak_allocations
 
 MIB = 2**20
@@ -62,25 +76,18 @@ def on_meta(*args):
     [(4096, 32, 288, 1152), (5120, 40, 450, 1800), (6656, 60, 877.5, 3510), (8192, 80, 1440, 5760)],
 )
 def test_adapters_and_optimizer_are_those_of_figure_6_of_qlora(d, layers, adapters, optimizer):
-    # QLoRA (arXiv 2305.14314), figure 6: 7B, 13B, 33B and 65B at r=64, in MiB. Adapters in 16 bits, moments in 32.
+    # QLoRA (arXiv 2305.14314), figure 6: 7B, 13B, 33B and 65B at r=64, in MiB. Adapters in 16 bits, which here stay in
+    # 32; moments in 32.
     parts = standing(on_meta(d, layers, 32000), Setup(r=64, optimizer="paged_adamw_32bit"))
-    assert parts["adapters"] == adapters * MIB
+    assert parts["adapters"] == 2 * adapters * MIB
     assert parts["optimizer"] == optimizer * MIB
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("shape", [(128, 256), (100, 64), (333, 130)])
-def test_nf4_takes_the_bytes_that_a_quantized_layer_has(shape, double_quant):
-    model = inject(nn.Sequential(nn.Linear(*shape[::-1]), nn.Linear(shape[0], 2)), "0", LoRAConfig(r=2))
-    base = quantize(model, NF4Config(double_quant=double_quant))[0].base_layer
-    stored = sum(t.numel() * t.element_size() for name, t in base.named_buffers() if name != "_like")
-    assert Blockwise(double_quant=double_quant).bytes(*shape) == stored
-
-
-@pytest.mark.parametrize(("bits", "expected"), [(8, 8.0078125), (4, 4.126953125), (3, 3.126953125)])
+@pytest.mark.parametrize(("bits", "expected"), [(8, 8.0078125), (4, 4.126953125), (3, 3.126953125), (2, 2.126953125)])
 def test_storages_take_the_published_bits_per_weight(bits, expected):
     # bits + 8/64 + 32/(64 * 256), and one mean of 4 bytes; int8: a float32 for each of the 4096 outputs
-    assert STORAGES[bits].bytes(4096, 4096) * 8 / 4096**2 == pytest.approx(expected, abs=2e-6)
+    stored = packed_bytes(STORAGES[f"qlora-{bits}bit"], 4096, 4096)
+    assert stored * 8 / 4096**2 == pytest.approx(expected, abs=2e-6)
 
 
 @pytest.mark.parametrize("method", ["full", "freeze", "lora", "qlora-4bit"])
@@ -124,18 +131,22 @@ def test_the_total_is_the_peak_of_the_allocator_within_a_tenth(method, checkpoin
     )  # fmt: skip
     model = trained_for_real(Language(), setup)
     recompute(model, checkpointing)
-    optimizer = FlatPagedAdamW8bit([p for p in model.parameters() if p.requires_grad])
+    assert estimate(on_meta(), TOKENS, setup).total == pytest.approx(peak_of(model), rel=0.1)
 
-    def two_steps():
-        for _ in range(2):
+
+def peak_of(model, optimizer=None, steps=2):
+    """Bytes of the model, and the most that is allocated beyond them while it is trained."""
+    optimizer = optimizer or FlatPagedAdamW8bit([p for p in model.parameters() if p.requires_grad])
+
+    def train():
+        for _ in range(steps):
             loss = model(TOKENS)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
     before = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    measured = before + peak_allocations(two_steps)
-    assert estimate(on_meta(), TOKENS, setup).total == pytest.approx(measured, rel=0.1)
+    return before + peak_allocations(train)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -143,7 +154,6 @@ def test_every_method_is_estimated_on_the_meta_device(method):
     estimated = estimate(on_meta(), TOKENS.to("meta"), Setup(method=method, r=4))
     assert tuple(estimated.parts) == PARTS
     assert estimated.total == sum(estimated.parts.values()) > 0
-    assert any("formula" in note for note in estimated.notes) == (method in ("galore", "badam"))
 
 
 def test_fewer_bits_and_recomputed_blocks_take_less():
@@ -158,7 +168,8 @@ def test_badam_takes_two_bytes_per_weight_and_sixteen_per_weight_of_a_block():
     parts = estimate(model, TOKENS, Setup(method="badam")).parts
     block, whole = (sum(p.numel() for p in m.parameters()) for m in (model.blocks[0], model))
     assert parts["base"] + parts["trained"] == 2 * whole
-    assert parts["optimizer"] == (16 - 2) * block  # the gradient, in 16 bits, is counted as one
+    # Of the paper's 16 the gradient is 4: here it is kept as it comes, in 16 bits. And a count of steps per tensor.
+    assert parts["optimizer"] == 12 * block + 4 * len(list(model.blocks[0].parameters()))
 
 
 def test_mixed_precision_keeps_parameters_and_halves_activations():
@@ -198,7 +209,7 @@ def test_what_cannot_be_estimated_is_refused():
     with pytest.raises(TypeError, match="gives no loss for this batch"):
         estimate(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.zeros(2, 4), Setup(r=2))
     with pytest.raises(TargetError, match="no list of equal modules"):
-        estimate(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.zeros(2, 4), Setup(method="badam"))
+        estimate(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.zeros(2, 4), Setup(method="freeze"))
     with pytest.raises(QuantizationError, match="none of the 1 adapted layers"):
         estimate(
             nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 4)),
@@ -206,6 +217,114 @@ def test_what_cannot_be_estimated_is_refused():
             Setup(targets="0", r=2),
             step=lambda model, batch: model(batch).sum(),
         )
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"method": "full", "quantization": NF4Config()}, "method='full' quantizes nothing; drop quantization"),
+        ({"method": "lora", "optimizer": GaLore()}, r"optimizer=GaLore\(.*is for method='full', and this is 'lora'"),
+        ({"optimizer": "sgd"}, "optimizer must be one of paged_adamw_8bit, .*got 'sgd'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(values, said):
+    with pytest.raises(ValueError, match=said):
+        Setup(**values)
+
+
+@pytest.mark.parametrize("config", [FP4Config(), NF3Config(block_size=32), Int8Config(), NF4Config(double_quant=False)])
+@pytest.mark.parametrize("adapter", [LoRAConfig(r=4), LoRAConfig(r=4, init="loftq"), DoRAConfig(r=4), VeRAConfig(r=8)])
+def test_what_stays_is_what_a_run_holds_in_any_storage_under_any_adapter(config, adapter):
+    real = quantize(inject(Language(), config=adapter, train_bias="adapted"), config)
+    setup = Setup(method="lora", config=adapter, quantization=config, train_bias="adapted", precision="32-true")
+    found, held = standing(on_meta(), setup), holdings(real)
+    assert {part: found.get(part, 0) for part in ("base", "adapters", "trained")} == {
+        part: size for part, size in held.to_dict().items() if part in ("base", "adapters", "trained")
+    }
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq", "eva", "orthogonal"])
+def test_adapters_that_start_in_the_weight_or_in_data_are_counted_at_the_size_they_have(init):
+    setup = Setup(config=LoRAConfig(r=4, init=init), precision="32-true")
+    parts = estimate(on_meta(), TOKENS, setup).parts
+    plain = estimate(on_meta(), TOKENS, Setup(r=4, precision="32-true")).parts
+    kept = 3 if init in ("pissa", "loftq") else 1  # where they started, and what the base was quantized without
+    assert parts["adapters"] == kept * plain["adapters"]
+
+
+class Mixture(Language):
+    """Its last layer is a stack of experts, which are all computed and averaged."""
+
+    def __init__(self):
+        super().__init__(blocks=1)
+        self.mix = Experts()
+
+    def forward(self, tokens):
+        return F.cross_entropy(self.head(self.mix(self.embed(tokens))).float().flatten(0, 1), tokens.flatten())
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(0.1 * torch.randn(4, 128, 128))
+
+    def forward(self, x):
+        return torch.einsum("eoi,...i->...o", self.up, x)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora-4bit"])
+def test_a_step_over_stacked_experts_takes_what_the_estimate_says(method):
+    setup = Setup(method=method, r=4, targets=("mix.up",), precision="32-true", device="cpu")
+    real = inject(Mixture(), "mix.up", LoRAConfig(r=4))
+    real = quantize(real) if "qlora" in method else real
+    with torch.device("meta"):
+        model = Mixture()
+    assert estimate(model, TOKENS, setup).total == pytest.approx(peak_of(real), rel=0.1)
+
+
+class Chunked(Language):
+    """Its loss is computed in chunks."""
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return chunked_cross_entropy(x, self.head, tokens, chunk=32)
+
+
+def test_a_loss_in_chunks_is_estimated_as_it_runs():
+    setup = Setup(method="lora", r=4, precision="32-true", device="cpu")
+    found = estimate(Chunked(64, 2, 8000), TOKENS, setup).total
+    assert found == pytest.approx(peak_of(inject(Chunked(64, 2, 8000), config=LoRAConfig(r=4))), rel=0.1)
+    assert found < estimate(Language(64, 2, 8000), TOKENS, setup).total / 2
+
+
+def test_patterns_of_modules_to_recompute_are_counted():
+    sizes = [
+        estimate(on_meta(), TOKENS, Setup(r=4, activation_checkpointing=which)).total
+        for which in (None, ("blocks.0",), ("blocks.[0-1]",), "blocks")
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 4
+    with pytest.raises(TargetError, match="activation_checkpointing='layers' fits no module"):
+        estimate(on_meta(), TOKENS, Setup(activation_checkpointing=("layers",)))
+
+
+@pytest.mark.parametrize("rule", [GaLore(rank=8), BAdam(switch_every=2, order="ascending")])
+def test_full_training_with_galore_or_badam_takes_what_the_estimate_says(rule):
+    model = Language()
+    optimizer = rule.build(torch.optim.AdamW(model.parameters()), model, {})
+    blocks = len(blocks_of(copy.deepcopy(model).requires_grad_(True))) if isinstance(rule, BAdam) else 1
+    measured = peak_of(model, optimizer, steps=2 * blocks)
+    setup = Setup(method="full", optimizer=rule, precision="32-true", device="cpu")
+    assert estimate(on_meta(), TOKENS, setup).total == pytest.approx(measured, rel=0.1)
+
+
+def test_adapters_stay_in_full_precision_where_the_model_is_cast():
+    parts = standing(on_meta(), Setup(method="lora", r=4, precision="bf16-true"))
+    real = inject(Language(), config=LoRAConfig(r=4)).to(torch.bfloat16)
+    assert parts["adapters"] == holdings(real).adapters
+    assert parts["base"] == holdings(real).base
 
 
 def test_a_training_step_gives_the_loss():

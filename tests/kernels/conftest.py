@@ -2,4 +2,5 @@
 
 import os
 
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted_nf4.py"]
+INTERPRETED = ["interpreted_nf4.py", "interpreted_normal_float.py"]
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else INTERPRETED

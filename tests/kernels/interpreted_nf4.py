@@ -1,35 +1,15 @@
-"""The Triton kernels under Triton's interpreter: run by test_nf4_triton.py in a process with TRITON_INTERPRET=1.
+"""The Triton kernels of NF4 under Triton's interpreter: run by test_nf4_triton.py, see interpreted.py."""
 
-The interpreter cuts float32 off where it becomes bfloat16, which no GPU does; here it rounds as the compiled kernel's
-instruction does (test_nf4_triton.py reads that it is ``cvt.rn``).
-"""
-
-import os
 import types
 
 import pytest
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
 from lightning_lora.kernels import four_bits, nf4_triton
 from lightning_lora.kernels.choice import agrees
 from lightning_lora.kernels.packed import DTYPES, Packed
+from tests.kernels import interpreted  # noqa: F401 (before the kernel is first run)
 from tests.kernels.nf4_weights import in_float64, pack
-
-assert os.environ["TRITON_INTERPRET"] == "1"  # read when the kernels are decorated
-
-_cast = interpreter.InterpreterBuilder.cast_impl
-
-
-def _rounding_cast(builder, source, dtype):
-    if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
-        return _cast(builder, source, dtype)
-    rounded = torch.from_numpy(source.data).bfloat16().view(torch.int16).numpy()
-    return interpreter.TensorHandle(rounded.view(_cast(builder, source, dtype).data.dtype), dtype.scalar)
-
-
-interpreter.InterpreterBuilder.cast_impl = _rounding_cast
 
 SHAPES = [(1, 1), (1, 2), (7, 1), (33, 71), (65, 130), (129, 64)]
 BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]

@@ -1,13 +1,16 @@
-"""The NF4 kernels on a GPU. They need one: run ``pytest -m gpu`` on a machine that has it."""
+"""The kernels on a GPU. They need one: run ``pytest -m gpu`` on a machine that has it."""
 
 import warnings
 
 import pytest
 import torch
 
-from lightning_lora.kernels import choice, four_bits
+from lightning_lora import NF2Config, NF3Config
+from lightning_lora.kernels import choice, four_bits, normal_float
+from lightning_lora.kernels.codebook import dequantize_codebook
 from lightning_lora.kernels.nf4 import dequantize_nf4, dequantize_nf4_into, dequantize_nf4_plus
 from lightning_lora.kernels.packed import DTYPES, Packed
+from lightning_lora.quantization.formats import quantized_linear
 from tests.kernels.nf4_weights import pack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -90,3 +93,15 @@ def test_it_is_captured_in_a_cuda_graph_and_replayed_with_new_codes():
     packed.codes.copy_(packed.codes.flip(0))
     graph.replay()
     assert torch.equal(out, four_bits.dequantize(packed, (256, 256), torch.bfloat16, "nf4"))
+
+
+@pytest.mark.parametrize("config", [NF3Config, NF2Config])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (33, 71), (513, 1026), (1024, 4096)])
+def test_normal_float_of_two_and_three_bits_equals_plain_torch_bit_for_bit(shape, nested, dtype, config):
+    layer = torch.nn.Linear(shape[1], shape[0], bias=False, device="cuda")
+    packed = quantized_linear(layer, config(double_quant=nested)).packed.as_floats()
+    assert choice.triton_kernels(packed, dtype, config.name) is not None
+    expected = normal_float.dequantize(packed, config.bits, shape, dtype)
+    assert torch.equal(dequantize_codebook(packed, config.name, shape, dtype), expected)

@@ -16,11 +16,13 @@ import torch
 HERE = Path(__file__).parent
 triton = pytest.importorskip("triton", reason="needs Triton, which PyPI has for Linux")
 ARGUMENTS = ("codes", "absmax", "nested_absmax", "offset", "nested_levels", "levels", "out", "count")
+BLOCKS = {"BLOCK": 64, "NESTED": True, "NESTED_BLOCK": 256}
 
 
 def test_they_pass_under_tritons_interpreter():
-    """Odd sizes, all dtypes and block sizes: bit-equal to bitsandbytes, and float64 but for the roundings there are."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_nf4.py")]
+    """Odd sizes, all dtypes and block sizes: bit-equal to bitsandbytes or plain torch, float64 but for roundings."""
+    files = [str(HERE / f"interpreted_{name}.py") for name in ("nf4", "normal_float")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     said = subprocess.run(
         command,
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -35,26 +37,21 @@ def test_they_pass_under_tritons_interpreter():
 
 @pytest.fixture
 def instructions(monkeypatch, tmp_path):
-    """Compile the kernel for an H100 or H200 as it is launched for a double-quantized weight; count instructions."""
+    """Compile kernels for an H100 or H200 as they are launched for double-quantized weights; count instructions."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("Triton interprets in this process, and does not compile")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lightning_lora.kernels import nf4_triton as kernels
-
-    def compiled(out: str, count: str) -> tuple[Counter[str], str]:
-        types = ("*i32", "*u8", *["*fp32"] * 4, out, count)
-        constants = {"BLOCK": 64, "NESTED": True, "NESTED_BLOCK": 256, "PER_ITEM": kernels.WORD}
-        constants |= {"ITEMS": 32 * kernels.WARPS, "STEPS": kernels.TILE // (32 * kernels.WARPS * kernels.WORD)}
+    def compiled(kernel, types: dict[str, str], constants: dict[str, int]) -> tuple[Counter[str], str]:
         source = ASTSource(
-            fn=kernels._dequantize,
-            signature=dict(zip(ARGUMENTS, types, strict=True)) | dict.fromkeys(constants, "constexpr"),
-            constexprs={(8 + index,): value for index, value in enumerate(constants.values())},
-            attrs={(index,): [["tt.divisibility", 16]] for index in range(8)},
+            fn=kernel,
+            signature=types | dict.fromkeys(constants, "constexpr"),
+            constexprs={(len(types) + index,): value for index, value in enumerate(constants.values())},
+            attrs={(index,): [["tt.divisibility", 16]] for index in range(len(ARGUMENTS))},
         )
-        options = {"num_warps": kernels.WARPS, "enable_fp_fusion": False}
+        options = {"num_warps": 4, "enable_fp_fusion": False}
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
         found = re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.]*(?:::\w+)*[\w.]*)", ptx, re.MULTILINE)
         return Counter(found), ptx
@@ -62,9 +59,27 @@ def instructions(monkeypatch, tmp_path):
     return compiled
 
 
+def of_nf4(count: str) -> tuple:
+    from lightning_lora.kernels import nf4_triton as kernels
+
+    types = dict(zip(ARGUMENTS, ("*i32", "*u8", *["*fp32"] * 4, "*bf16", count), strict=True))
+    steps = {"ITEMS": 32 * kernels.WARPS, "STEPS": kernels.TILE // (32 * kernels.WARPS * kernels.WORD)}
+    return kernels._dequantize, types, BLOCKS | {"PER_ITEM": kernels.WORD} | steps
+
+
+def of_normal_float(count: str, bits: int) -> tuple:
+    from lightning_lora.kernels import normal_float_triton as kernels
+
+    types = dict(zip((*ARGUMENTS, "size"), ("*u8", "*u8", *["*fp32"] * 4, "*bf16", count, count), strict=True))
+    steps = {"ITEMS": 32 * kernels.WARPS, "STEPS": kernels.TILE // (32 * kernels.WARPS * kernels.GROUP)}
+    return kernels._dequantize, types, BLOCKS | {"BITS": bits, "GROUP": kernels.GROUP} | steps
+
+
 @pytest.mark.parametrize("count", ["i32", "i64"])  # up to 2 ** 31 elements, and more
-def test_a_compiled_thread_stores_16_bytes_at_once_and_rounds_as_bitsandbytes_does(instructions, count):
-    found, ptx = instructions("*bf16", count)
+@pytest.mark.parametrize("codebook", ["nf4", "nf3", "nf2"])
+def test_a_compiled_thread_stores_16_bytes_at_once_and_rounds_as_the_reference_does(instructions, codebook, count):
+    launched = of_nf4(count) if codebook == "nf4" else of_normal_float(count, int(codebook[-1]))
+    found, ptx = instructions(*launched)
     stores = {name: times for name, times in found.items() if name.startswith(("st.global", "st.shared"))}
     assert stores == {"st.global.v4.b32": 4}  # nothing goes through shared memory first
     assert found["cvt.rn.bf16x2.f32"] == 4 * 8 / 2  # to the nearest, two at a time

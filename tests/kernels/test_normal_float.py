@@ -82,3 +82,13 @@ def test_sizes_that_do_not_fit_are_refused_before_reading_past_the_end(codebook,
     packed = Packed(codes, torch.ones(1, device=device), empty, empty, 64)
     with pytest.raises(RuntimeError, match=rf"\(8, 8\) in {BITS[codebook]} bits and blocks of 64 has"):
         dequantize_codebook(packed, codebook, (8, 8), torch.float32)
+
+
+@pytest.mark.parametrize("codebook", BITS)
+@pytest.mark.parametrize("shape", [(16, 64), (3, 5)])
+def test_torch_can_trace_the_operator(codebook, shape):
+    codes = torch.randint(256, (math.ceil(math.prod(shape) * BITS[codebook] / 8),), dtype=torch.uint8)
+    packed = Packed(codes, torch.rand(math.ceil(math.prod(shape) / 64)), torch.empty(0), torch.empty(0), 64)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    operator = torch.ops.lightning_lora.dequantize_codebook.default
+    torch.library.opcheck(operator, (*packed, codebook, shape, torch.bfloat16), test_utils=checks)

@@ -75,6 +75,13 @@ def test_updates_of_several_ranks_and_shapes_come_back_in_order():
     assert spectra([]) == []
 
 
+def test_a_layer_whose_directions_depend_on_each_other_is_measured_beside_one_whose_do_not():
+    A, B = torch.randn(4, 9), torch.randn(6, 4)
+    same = A[[0, 0, 1, 1]]
+    for found, rows in zip(spectra([(A, B), (same, B)]), (A, same), strict=True):
+        assert torch.allclose(found, singular_values(rows, B), rtol=0, atol=1e-6 * found[0].item())
+
+
 def test_a_diverged_adapter_is_not_a_number_and_leaves_the_others_alone():
     good, bad = (torch.ones(1, 2), torch.ones(2, 1)), (torch.tensor([[math.nan, 1.0]]), torch.ones(2, 1))
     first, second = spectra([good, bad])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject, quantize
+from lightning_lora import LoRAConfig, VeRAConfig, inject, quantize
 from lightning_lora.metrics import throughput
 from lightning_lora.metrics.gradient_norm import GradientNorm, gradient_norm
 from lightning_lora.metrics.memory import PeakMemory, SavedActivations, holdings, memory_name
@@ -53,6 +53,26 @@ def test_of_a_start_in_the_weight_the_change_counts(init, storage):
     trained = adapted_layers(combination.trained())
     expected = dense_update(trained["0"]).norm().item()
     assert updates(trained)["0"].norm == pytest.approx(expected, rel=1e-5)  # of weights in float32
+
+
+@pytest.mark.parametrize("rank", [3, 7, 40])
+@pytest.mark.parametrize("sizes", [(24, 16), (16, 24)])
+def test_what_is_shared_by_layers_is_used_without_changing_their_spectra(sizes, rank):
+    """VeRA decomposes its projection once; rows of it depend on each other where the rank exceeds their length."""
+    model = nn.Sequential(*(nn.Linear(*sizes) for _ in range(2)))
+    layers = adapted_layers(inject(model, ["0", "1"], VeRAConfig(r=rank)))
+    for _ in range(2):  # measured again after the vectors have moved
+        randomize(model)
+        found = updates(layers)
+        for name, layer in layers.items():
+            vera = layer.adapter("default")
+            names = ("vera_lambda_b", "vera_B", "vera_lambda_d", "vera_A")
+            b, B, d, A = (getattr(vera, tensor).detach().double() for tensor in names)
+            dense = torch.diag(b) @ B @ torch.diag(d) @ A
+            assert found[name].norm == pytest.approx(dense.norm().item(), rel=1e-6)
+            values = torch.linalg.svdvals(dense)
+            kept = found[name].values
+            assert torch.allclose(kept, values[: len(kept)], rtol=0, atol=1e-6 * values[0].item())
 
 
 def test_adapters_that_compute_together_are_measured_together():

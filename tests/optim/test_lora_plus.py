@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lightning_lora import AdapterError, DoRAConfig, LoRAFAConfig, OptimizerError, VeRAConfig, inject, param_groups
+from lightning_lora.optim.paged_adamw import PagedAdamW8bit
 from lightning_lora.optim.rewrite import rewrite_optimizers
 from tests.optim.test_rewrite import SCHEDULERS
 
@@ -47,7 +48,8 @@ def test_b_follows_every_schedule_at_the_ratio(net, make, paged_8bit):
     expected = make(reference)
     original = torch.optim.AdamW(groups)
     schedule = make(original)
-    optimizer = rewrite_optimizers(net, [original], [schedule], paged_8bit=paged_8bit, lr_ratio=RATIO)[0]
+    swap = PagedAdamW8bit() if paged_8bit else None
+    optimizer = rewrite_optimizers(net, [original], [schedule], swap=swap, lr_ratio=RATIO)[0]
     net(torch.randint(16, (2, 3))).square().mean().backward()
     for step in range(12):
         for parameter in factors(net, "lora_A"):
@@ -67,7 +69,7 @@ def test_a_resumed_schedule_goes_on(net):
     def make():
         optimizer = torch.optim.AdamW(two_groups(net))
         schedule = lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
-        return rewrite_optimizers(net, [optimizer], [schedule], paged_8bit=False, lr_ratio=RATIO)[0], schedule
+        return rewrite_optimizers(net, [optimizer], [schedule], swap=None, lr_ratio=RATIO)[0], schedule
 
     optimizer, schedule = make()
     for _ in range(3):
@@ -85,7 +87,7 @@ def test_a_resumed_schedule_goes_on(net):
 def test_a_group_of_b_alone_is_sped_up_as_it_is(net):
     inject(net, config=LoRAFAConfig())
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.1)
-    rewrite_optimizers(net, [optimizer], [], paged_8bit=False, lr_ratio=RATIO)
+    rewrite_optimizers(net, [optimizer], [], swap=None, lr_ratio=RATIO)
     assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(1.6)]
 
 
@@ -93,7 +95,7 @@ def test_names_of_parameters_are_split_with_them(net):
     inject(net)
     named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(named, lr=0.1)
-    rewrite_optimizers(net, [optimizer], [], paged_8bit=False, lr_ratio=RATIO)
+    rewrite_optimizers(net, [optimizer], [], swap=None, lr_ratio=RATIO)
     names = {id(p): name for name, p in named}
     for group in optimizer.param_groups:
         assert group["param_names"] == [names[id(p)] for p in group["params"]]
@@ -104,7 +106,7 @@ def test_an_optimizer_with_one_group_by_nature_is_refused(net):
     inject(net)
     optimizer = torch.optim.LBFGS([p for p in net.parameters() if p.requires_grad])
     with pytest.raises(OptimizerError, match="LBFGS has one learning rate"):
-        rewrite_optimizers(net, [optimizer], [], paged_8bit=False, lr_ratio=RATIO)
+        rewrite_optimizers(net, [optimizer], [], swap=None, lr_ratio=RATIO)
 
 
 def test_groups_hold_every_trained_parameter_once(net):
@@ -123,9 +125,11 @@ def test_groups_hold_every_trained_parameter_once(net):
     torch.optim.AdamW(list(groups.values()))
 
 
-def test_a_method_without_b_has_no_such_group(net):
+def test_a_method_without_b_has_no_such_group_and_no_ratio(net):
     inject(net, config=VeRAConfig(r=8))
-    assert [group["name"] for group in param_groups(net, lr=0.1, lr_ratio=RATIO)] == ["vectors"]
+    assert [group["name"] for group in param_groups(net, lr=0.1)] == ["vectors"]
+    with pytest.raises(OptimizerError, match=r"lr_ratio=16 is for factors B .* adapters of vera have none"):
+        param_groups(net, lr=0.1, lr_ratio=RATIO)
 
 
 @pytest.mark.parametrize("settings", [{"lr": 0.0}, {"lr": math.inf}, {"lr": 0.1, "lr_ratio": -1}])

