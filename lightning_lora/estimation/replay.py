@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ from lightning_lora.estimation.setup import BLOCKS, Setup
 from lightning_lora.model.blocks import named_blocks, repeated_blocks
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.targets import output_heads
+from lightning_lora.model.tensors import tensors
 
 PARTS = ("base", "adapters", "trained", "gradients", "optimizer", "activations", "logits", "workspace")
 """What memory is used for. ``trained`` are weights trained whole, ``logits`` what is made from the output head on and
@@ -114,8 +115,8 @@ def held(model: nn.Module) -> dict[str, int]:
 
 
 def _hold(ledger: Ledger, model: nn.Module) -> None:
-    adapters = {id(tensor) for layer in adapted_layers(model).values() for tensor in _tensors(layer.adapters)}
-    for tensor in _tensors(model):
+    adapters = {id(tensor) for layer in adapted_layers(model).values() for tensor in tensors(layer.adapters)}
+    for tensor in tensors(model):
         label = "adapters" if id(tensor) in adapters else "trained" if tensor.requires_grad else "base"
         ledger.hold(tensor, label)
 
@@ -146,8 +147,3 @@ def _watch_head(ledger: Ledger, model: nn.Module) -> list[str]:
     for name in output_heads(model):
         model.get_submodule(name).register_forward_pre_hook(before)
     return called
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()

@@ -35,8 +35,8 @@ from lightning_lora.callbacks.checkpoints import check_optimizers
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
 from lightning_lora.quantization.nf4 import NF4Linear
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import Net, relative_difference
+from tests.runs import Module, loader
 
 TOKENS = torch.arange(12).reshape(2, 6)
 
