@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.callbacks.activation_checkpointing import checkpoint_blocks
+from lightning_lora.callbacks.activation_checkpointing import AUTO, checkpoint_blocks
 from lightning_lora.callbacks.adapting import Start, adapt, network, unstarted, waits_for_data
 from lightning_lora.callbacks.averaging import adapt_early, averagers, check_averagers, check_norms, set_averages_aside
 from lightning_lora.callbacks.checkpoints import check_optimizers, complete_checkpoint, reduce_checkpoint
@@ -38,8 +38,9 @@ from lightning_lora.callbacks.settings import (
     Settings,
     as_config,
     as_quantization,
-    as_tuple,
     check_choice,
+    check_flag,
+    check_folder,
     with_configs,
 )
 from lightning_lora.callbacks.sharded import full_state, load_sharded
@@ -50,7 +51,7 @@ from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.export import write_model
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.layers import adapted_layers
-from lightning_lora.model.targets import ALL_LINEAR
+from lightning_lora.model.targets import ALL_LINEAR, as_patterns
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.optim.lora_plus import check_rate
 from lightning_lora.optim.report import optimizer_report
@@ -108,6 +109,7 @@ class LoRACallback(Callback):
             on training; the last good checkpoint stays in either case.
 
     Raises:
+        TypeError: If a value is of another type than its argument.
         ValueError: If a value is none of the choices, or of no use for the method.
     """
 
@@ -137,7 +139,10 @@ class LoRACallback(Callback):
         super().__init__()
         check_choice("on_save_error", on_save_error, ON_SAVE_ERROR)
         if optimizer is not None:
-            check_choice("optimizer", optimizer, OPTIMIZERS)
+            check_choice("optimizer", optimizer, (*OPTIMIZERS, None))
+        check_flag("merge", merge)
+        check_folder("output_dir", output_dir)
+        check_folder("adapter", adapter)
         check_rate("lr_ratio", lr_ratio)
         if method in BASELINES and lr_ratio != 1.0:
             raise ValueError(f"method={method!r} has no factors A and B, so lr_ratio={lr_ratio} does nothing; drop it")
@@ -146,8 +151,8 @@ class LoRACallback(Callback):
             method=method,
             targets=with_configs(targets, config),
             config=config,
-            exclude=as_tuple(exclude),
-            train=as_tuple(train),
+            exclude=as_patterns(exclude, "exclude"),
+            train=as_patterns(train, "train"),
             train_bias=train_bias,
             quantization=as_quantization(quantization, method),
             adapter=adapter,
@@ -159,8 +164,8 @@ class LoRACallback(Callback):
         self.output_dir = output_dir
         self.activation_checkpointing = (
             activation_checkpointing
-            if activation_checkpointing is None or isinstance(activation_checkpointing, str)
-            else tuple(activation_checkpointing)
+            if activation_checkpointing is None or activation_checkpointing == AUTO
+            else as_patterns(activation_checkpointing, "activation_checkpointing")
         )
         self.on_save_error = on_save_error
         self._begin()

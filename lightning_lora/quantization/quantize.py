@@ -20,7 +20,7 @@ from lightning_lora.nn.experts import StackedWeight
 from lightning_lora.nn.fingerprint import fingerprints
 from lightning_lora.quantization.config import NF4Config, QuantizationConfig
 from lightning_lora.quantization.expected_error import expected_error
-from lightning_lora.quantization.formats import FrozenLayer, linear_class, quantized_linear
+from lightning_lora.quantization.formats import CONFIGS, FrozenLayer, linear_class, quantized_linear
 from lightning_lora.quantization.nf4_stack import NF4Stack
 
 _DEFAULT = NF4Config()
@@ -56,17 +56,21 @@ def quantize(
 
     Raises:
         AdapterError: If the model has no adapters.
-        QuantizationError: If a weight is on the meta device or not finite, if no layer can be quantized, or if a layer
-            cannot be whose adapter has ``init="loftq"``.
+        QuantizationError: If a weight is on the meta device or not finite, if no layer can be quantized, or all are in
+            another format already, or if a layer cannot be whose adapter has ``init="loftq"``.
+        TypeError: If ``config`` is none.
         UnsupportedError: If bitsandbytes is not installed.
         ValueError: If ``hold`` is neither.
     """
     if hold not in ("buffers", "parameters"):
         raise ValueError(f"hold must be 'buffers' or 'parameters', got {hold!r}")
+    _check_config(config)
     layers = require_adapters(model)
     kept = check_quantizable(layers, config, device)
     dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear | StackedWeight)}
     chosen = {name: layer for name, layer in dense.items() if name not in kept}
+    if not chosen:
+        _refuse_another_format(layers, config)
     _check_weights(chosen)
     _warn_of_plain_starts(chosen, config)
     _refuse_waiting({name: layer for name, layer in layers.items() if name not in chosen}, kept)
@@ -83,6 +87,26 @@ def quantize(
         for name in layer.adapters:
             layer.adapter(name).rebase(base, quantized)
     return model
+
+
+def _check_config(config: object) -> None:
+    if type(config) in CONFIGS.values():
+        return
+    meant = CONFIGS[config] if isinstance(config, str) and config in CONFIGS else NF4Config
+    raise TypeError(f"config must be the config of a storage, such as {meant.__name__}(), got {config!r}")
+
+
+def _refuse_another_format(layers: Mapping[str, AdaptedLayer], config: QuantizationConfig) -> None:
+    """Refuse to leave everything in another format than was asked for, where it was ours to choose."""
+    bases = {name: layer.base_layer for name, layer in layers.items()}
+    ours = {name: base.storage for name, base in bases.items() if isinstance(base, QuantizedLinear) and base.origin}
+    other = {name: storage for name, storage in ours.items() if storage.partition("/")[0] != config.name}
+    if other:
+        raise QuantizationError(
+            f"{listing(f'{name} ({storage})' for name, storage in other.items())} is quantized already, and goes from "
+            f"one format to another only by way of its original weights. Load the base anew, and quantize that to "
+            f"{config.name.upper()}"
+        )
 
 
 def check_quantizable(
