@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import QuantizationError, TargetError, listing
 from lightning_lora.estimation.optimizers import COUNTERS
 from lightning_lora.estimation.setup import Setup
-from lightning_lora.estimation.storage import STORAGES, Sized, Storage
+from lightning_lora.estimation.storage import STORAGES, Storage, sized
 from lightning_lora.model.blocks import repeated_blocks
 from lightning_lora.model.inject import inject
 from lightning_lora.model.layers import adapted_layers
@@ -89,16 +89,16 @@ class LoRA(Method):
     @staticmethod
     def _quantize(model: nn.Module, storage: Storage) -> list[str]:
         layers = adapted_layers(model)
-        dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear)}
-        kept = [name for name in layers if name not in dense]
-        if not dense:
+        found = {name: sized(layer.base_layer, storage) for name, layer in layers.items()}
+        kept = [name for name, base in found.items() if base is None]
+        if len(kept) == len(layers):
             raise QuantizationError(
-                f"none of the {len(layers)} adapted layers can be held in few bits ({listing(kept)} is no nn.Linear). "
-                "Use method='lora'"
+                f"none of the {len(layers)} adapted layers can be held in {storage.name} ({listing(kept)}): linear "
+                "layers can, and experts in NF4 (qlora-4bit). Use method='lora'"
             )
-        for layer in dense.values():
-            assert isinstance(layer.base_layer, nn.Linear)
-            layer.base_layer = Sized(layer.base_layer, storage)
+        for name, base in found.items():
+            if base is not None:
+                layers[name].base_layer = base
         return [f"adapted and not quantized: {listing(kept)}"] if kept else []
 
 

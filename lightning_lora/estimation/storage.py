@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.nn.base import QuantizedLinear
+from lightning_lora.nn.experts import StackedWeight, experts_kind
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.linear import LinearKind
 
@@ -128,3 +129,41 @@ class Sized(QuantizedLinear):
     def kind(self) -> Kind:
         """That of a linear layer."""
         return LinearKind(self.in_features, self.out_features)
+
+
+class SizedStack(Sized):
+    """The same for the weights of experts, which are stored one below the other and read, not called.
+
+    Attributes:
+        shape: Of the parameter.
+        transposed: Whether it holds ``W_e^T``.
+    """
+
+    def __init__(self, layer: StackedWeight, storage: Storage) -> None:
+        rows = layer.weight.flatten(0, 1)
+        flat = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+        flat.weight = nn.Parameter(rows, requires_grad=False)
+        super().__init__(flat, storage)
+        self.shape, self.transposed = tuple(layer.weight.shape), layer.transposed
+
+    @property
+    def kind(self) -> Kind:
+        """The sizes of one expert, and how many there are."""
+        return experts_kind(self.shape, transposed=self.transposed)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return a new tensor of the parameter's shape."""
+        return super().dequantize(dtype).view(self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raise: there is no call with an input."""
+        raise TypeError("a stack of experts is read, not called")
+
+
+def sized(layer: nn.Module, storage: Storage) -> Sized | None:
+    """Return the layer in a storage's size, or None where it would stay dense: of experts only NF4 holds any."""
+    if isinstance(layer, nn.Linear):
+        return Sized(layer, storage)
+    if isinstance(layer, StackedWeight) and storage == STORAGES[4]:
+        return SizedStack(layer, storage)
+    return None

@@ -1,13 +1,14 @@
 """An estimate is what a run takes: parts counted from shapes are exact, the peak is that of the allocator."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_lora import LoRAConfig, NF4Config, inject, quantize
+from lightning_lora import LoRAConfig, NF4Config, adapter_parameters, inject, quantize
 from lightning_lora.errors import AdapterError, QuantizationError, TargetError, UnsupportedError
 from lightning_lora.estimation.estimate import estimate, standing
 from lightning_lora.estimation.replay import PARTS, default_step, recompute
@@ -15,6 +16,7 @@ from lightning_lora.estimation.setup import METHODS, Setup
 from lightning_lora.estimation.storage import STORAGES, Blockwise
 from lightning_lora.metrics.memory import SavedActivations, holdings
 from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
+from tests.conformance.combinations import Experts, TransposedExperts
 from tests.estimation.allocations import peak_allocations
 
 MIB = 2**20
@@ -96,6 +98,18 @@ def test_what_stays_is_what_a_run_holds(method):
     for part, size in held.to_dict().items():
         if part in ("base", "adapters", "trained"):
             assert found.get(part, 0) == size, part
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_take_the_bytes_that_they_have_in_nf4(transposed):
+    experts, x = (TransposedExperts if transposed else Experts), torch.randn(2, 5, 16)
+    setup = Setup(method="qlora-4bit", r=2, targets="0.up", precision="32-true")
+    real = quantize(inject(nn.Sequential(experts()), "0.up", LoRAConfig(r=2)))
+    assert standing(nn.Sequential(experts()), setup)["base"] == holdings(real).to_dict()["base"]
+    found = estimate(nn.Sequential(experts()), x, setup, step=lambda model, x: model(x).sum())
+    assert found.trainable == sum(p.numel() for p in adapter_parameters(real))
+    with pytest.raises(QuantizationError, match=r"can be held in int8 \(0.up\): linear layers can, and experts in NF4"):
+        estimate(nn.Sequential(experts()), x, dataclasses.replace(setup, method="qlora-8bit"))
 
 
 def trained_for_real(model, setup):
