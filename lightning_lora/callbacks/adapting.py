@@ -22,7 +22,7 @@ from lightning_lora.io.keys import canonical
 from lightning_lora.model.biases import bias_of
 from lightning_lora.model.eva import start_in
 from lightning_lora.model.inject import apply
-from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.layers import adapted_layers, adapter_names
 from lightning_lora.model.merge import is_finite
 from lightning_lora.model.split import layer_at, part_names
 from lightning_lora.model.summary import summary
@@ -94,6 +94,7 @@ def adapt(
             finetune.unmerge(module)
         return finetune
     if adapted_layers(module):
+        _require_default(module)
         if finetune is None or finetune.is_merged:
             finetune = FineTune.of_adapters(module)
         _require_same(module, settings, finetune, device)
@@ -254,6 +255,17 @@ def _check_base(module: LightningModule, plan: Plan, settings: Settings, device:
     if settings.quantization is not None:
         refuse_unfitted(plan.layers, check_quantizable(inside, settings.quantization, device))
         require_equal_bases(weights)
+
+
+def _require_default(module: LightningModule) -> None:
+    """A run trains one adapter, by the name that it gives one itself."""
+    strangers = {name: layer for name, layer in adapted_layers(module).items() if "default" not in layer.adapters}
+    if strangers:
+        raise AdapterError(
+            f"the callback trains the adapter 'default', and {listing(strangers)} has "
+            f"{listing(adapter_names(module))}. Inject it under that name (inject without name=), or without the "
+            "callback train what activate(module, ...) says"
+        )
 
 
 def _require_same(module: LightningModule, settings: Settings, finetune: FineTune, device: torch.device) -> None:

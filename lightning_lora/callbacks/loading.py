@@ -43,7 +43,11 @@ def load_from_checkpoint(kind: type[Module], path: str | Path, **arguments: Any)
 
     Raises:
         CheckpointError: If the file is no checkpoint of adapters, or does not fit the module.
+        TypeError: If ``kind`` is a module rather than its class.
     """
+    if not isinstance(kind, type):
+        name = type(kind).__name__
+        raise TypeError(f"load_from_checkpoint builds the module, so it takes a class, and got a {name}; pass {name}")
     checkpoint = read_checkpoint(Path(path))
     with warnings.catch_warnings():  # the keys it does not find are those of the base, and are checked below
         warnings.filterwarnings("ignore", message="Found keys that are")

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.callbacks.activation_checkpointing import checkpoint_blocks
+from lightning_lora.callbacks.activation_checkpointing import AUTO, checkpoint_blocks
 from lightning_lora.callbacks.adapting import Start, adapt, network, unstarted, waits_for_data
 from lightning_lora.callbacks.averaging import adapt_early, averagers, check_averagers, check_norms, set_averages_aside
 from lightning_lora.callbacks.checkpoints import check_optimizers, complete_checkpoint, reduce_checkpoint
@@ -41,8 +41,9 @@ from lightning_lora.callbacks.settings import (
     as_config,
     as_quantization,
     as_swap,
-    as_tuple,
     check_choice,
+    check_flag,
+    check_folder,
     with_configs,
 )
 from lightning_lora.callbacks.sharded import full_state, load_sharded
@@ -55,7 +56,7 @@ from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.export import write_model
 from lightning_lora.io.keys import canonical
 from lightning_lora.model.layers import adapted_layers
-from lightning_lora.model.targets import ALL_LINEAR
+from lightning_lora.model.targets import ALL_LINEAR, as_patterns
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.optim.badam import BAdam
 from lightning_lora.optim.galore_adamw import GaLore
@@ -120,6 +121,7 @@ class LoRACallback(CopiedAsSet):
             are chosen so that it fits. If nothing does, ``BudgetError`` says what would. See docs/guides/memory.md.
 
     Raises:
+        TypeError: If a value is of another type than its argument.
         ValueError: If a value is none of the choices, or of no use for the method.
     """
 
@@ -152,6 +154,9 @@ class LoRACallback(CopiedAsSet):
     ) -> None:
         super().__init__()
         check_choice("on_save_error", on_save_error, ON_SAVE_ERROR)
+        check_flag("merge", merge)
+        check_folder("output_dir", output_dir)
+        check_folder("adapter", adapter)
         check_rate("lr_ratio", lr_ratio)
         if method in BASELINES and lr_ratio != 1.0:
             raise ValueError(f"method={method!r} has no factors A and B, so lr_ratio={lr_ratio} does nothing; drop it")
@@ -160,8 +165,8 @@ class LoRACallback(CopiedAsSet):
             method=method,
             targets=with_configs(targets, config),
             config=config,
-            exclude=as_tuple(exclude),
-            train=as_tuple(train),
+            exclude=as_patterns(exclude, "exclude"),
+            train=as_patterns(train, "train"),
             train_bias=train_bias,
             quantization=as_quantization(quantization, method),
             embeddings=embeddings,
@@ -174,8 +179,8 @@ class LoRACallback(CopiedAsSet):
         self.output_dir = output_dir
         self.activation_checkpointing = (
             activation_checkpointing
-            if activation_checkpointing is None or isinstance(activation_checkpointing, str)
-            else tuple(activation_checkpointing)
+            if activation_checkpointing in (None, AUTO, PLANNED)
+            else as_patterns(activation_checkpointing, "activation_checkpointing")
         )
         self.on_save_error = on_save_error
         self.memory = None if memory is None else parse_size(memory)

@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 
 from lightning_lora.callbacks.copying import CopiedAsSet
 from lightning_lora.callbacks.probes import PROBES, Probe, Values
-from lightning_lora.callbacks.settings import as_tuple, check_choice
+from lightning_lora.callbacks.settings import check_choice
 from lightning_lora.errors import AdapterError, UnsupportedError
 from lightning_lora.metrics.throughput import Where
 from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.targets import as_patterns
 
 DETAIL = ("model", "layers")
 
@@ -68,7 +69,7 @@ class AdapterMonitor(CopiedAsSet):
         super().__init__()
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ValueError(f"every_n_steps must be an integer of at least 1, got {every_n_steps!r}")
-        self.metrics = as_tuple(metrics)
+        self.metrics = as_patterns(metrics, "metrics")
         for name in self.metrics:
             check_choice("metrics", name, PROBES)
         check_choice("detail", detail, DETAIL)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_lora.errors import listing
 from lightning_lora.model.biases import TRAIN_BIAS
-from lightning_lora.model.targets import ALL_LINEAR
+from lightning_lora.model.targets import ALL_LINEAR, as_patterns
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.dora import DoRAConfig
 from lightning_lora.nn.lora import LoRAConfig
@@ -49,6 +49,7 @@ class Settings:
         eva_batches: How many batches adapters that start from data see at most.
 
     Raises:
+        TypeError: If ``eva_batches`` is no integer.
         ValueError: If ``adapter`` stands beside a value it would overrule, ``init="loftq"`` or ``embeddings`` beside no
             quantization, or a baseline beside a value it has no use for; if ``eva_batches`` is below 1, or nothing has
             ``init="eva"``.
@@ -68,6 +69,8 @@ class Settings:
     def __post_init__(self) -> None:
         check_choice("train_bias", self.train_bias, TRAIN_BIAS)
         check_embeddings(self.embeddings)
+        if not isinstance(self.eva_batches, int) or isinstance(self.eva_batches, bool):
+            raise TypeError(f"eva_batches must be an integer, got {self.eva_batches!r}")
         if self.eva_batches < 1:
             raise ValueError(f"eva_batches must be at least 1, got {self.eva_batches}")
         if self.eva_batches != EVA_BATCHES and not self.starts_from_data:
@@ -129,15 +132,24 @@ class Settings:
         return self.method not in BASELINES
 
 
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: object, choices: Iterable[str | None]) -> None:
     """Raise ``ValueError`` naming the choices unless ``value`` is one."""
     if value not in list(choices):
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
-def as_tuple(patterns: str | Iterable[str]) -> tuple[str, ...]:
-    """One pattern, or several."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def check_flag(name: str, value: object) -> None:
+    """Raise ``TypeError`` unless ``value`` is True or False: any text would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+
+
+def check_folder(name: str, value: object) -> None:
+    """Raise unless ``value`` is a path or None; ``""`` would be the folder the program happens to be in."""
+    if value is not None and not isinstance(value, str | PathLike):
+        raise TypeError(f"{name} must be a path or None, got {value!r} ({type(value).__name__})")
+    if value == "":
+        raise ValueError(f'{name} is empty; name a folder ("." is the current one), or None')
 
 
 def as_quantization(value: str | QuantizationConfig | None, method: str) -> QuantizationConfig | None:
@@ -146,7 +158,11 @@ def as_quantization(value: str | QuantizationConfig | None, method: str) -> Quan
         value = None if method in BASELINES else "nf4"
     if value is None or (not isinstance(value, str) and type(value) in CONFIGS.values()):
         return value
-    check_choice("quantization", value, ("auto", *CONFIGS))
+    if value not in list(CONFIGS):
+        raise ValueError(
+            f"quantization must be one of auto, {', '.join(CONFIGS)}, None (plain LoRA), or a config such as "
+            f"NF4Config(), got {value!r}"
+        )
     return CONFIGS[str(value)]()
 
 
@@ -196,7 +212,7 @@ def as_config(method: str, **values: Any) -> AdapterConfig:
 def with_configs(targets: Any, config: AdapterConfig) -> Any:
     """Turn the dicts of a target mapping (as YAML gives them) into configs; other fields are the callback's."""
     if not isinstance(targets, Mapping):
-        return targets if isinstance(targets, str) else tuple(targets)
+        return targets if isinstance(targets, str) else as_patterns(targets, "targets")
     base = {field.name: getattr(config, field.name) for field in fields(config)}
     made = {}
     for pattern, value in targets.items():

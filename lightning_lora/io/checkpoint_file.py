@@ -34,6 +34,8 @@ def require_whole(path: Path) -> None:
     Raises:
         CheckpointError: If not; the message names the newest file beside it that is whole.
     """
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(f"{path} is an adapter folder, no checkpoint. Use load_adapter(model, path)")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint{_instead(path)}")
     reason = _damage(path)

@@ -7,7 +7,7 @@ that of a GPU what PyTorch's allocator gave out, temporaries included.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torchmetrics import Metric
 
 from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.tensors import size_in_bytes, tensors
 
 MIB = 2**20
 
@@ -99,15 +100,15 @@ def holdings(model: nn.Module, states: Iterable[Tensor] = ()) -> Holdings:
         model: With its gradients, if it has any.
         states: The tensors of the optimizers' states.
     """
-    adapters = {id(t): t for layer in adapted_layers(model).values() for t in _tensors(layer.adapters)}
-    others = {id(t): t for t in _tensors(model) if id(t) not in adapters}
+    adapters = {id(t): t for layer in adapted_layers(model).values() for t in tensors(layer.adapters)}
+    others = {id(t): t for t in tensors(model) if id(t) not in adapters}
     trained = {key: t for key, t in others.items() if t.requires_grad}
     return Holdings(
-        base=_bytes(t for key, t in others.items() if key not in trained),
-        adapters=_bytes(adapters.values()),
-        trained=_bytes(trained.values()),
-        gradients=_bytes(p.grad for p in model.parameters() if p.grad is not None),
-        optimizer=_bytes({id(t): t for t in states}.values()),
+        base=size_in_bytes(t for key, t in others.items() if key not in trained),
+        adapters=size_in_bytes(adapters.values()),
+        trained=size_in_bytes(trained.values()),
+        gradients=size_in_bytes(p.grad for p in model.parameters() if p.grad is not None),
+        optimizer=size_in_bytes({id(t): t for t in states}.values()),
     )
 
 
@@ -126,7 +127,7 @@ class SavedActivations:
 
     def __init__(self, model: nn.Module) -> None:
         self.bytes = 0
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in _tensors(model)}
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in tensors(model)}
         self._hooks = saved_tensors_hooks(self._pack, _unpack)
 
     def __enter__(self) -> SavedActivations:
@@ -148,12 +149,3 @@ class SavedActivations:
 
 def _unpack(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.split import hosts
+from lightning_lora.model.tensors import size_in_bytes, tensors
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.base import QuantizedLinear, stored_weight
 
@@ -100,7 +100,7 @@ def summary(model: nn.Module) -> Summary:
         layers=tuple(_layer(name, layer) for name, layer in adapted_layers(model).items()),
         trainable=trainable,
         total=total,
-        model_bytes=_bytes(_tensors(model)),
+        model_bytes=size_in_bytes(tensors(model)),
         unadapted=tuple(_bare(name, host) for name, host in hosts(model).items() if isinstance(host, QuantizedLinear)),
     )
 
@@ -115,20 +115,11 @@ def _layer(name: str, layer: AdaptedLayer) -> LayerSummary:
         if isinstance(base, QuantizedLinear)
         else str(stored_weight(base).dtype).removeprefix("torch."),
         trainable=sum(p.numel() for p in layer.parameters() if p.requires_grad),
-        base_bytes=_bytes(_tensors(base)),
-        adapter_bytes=_bytes(_tensors(layer.adapters)),
+        base_bytes=size_in_bytes(tensors(base)),
+        adapter_bytes=size_in_bytes(tensors(layer.adapters)),
     )
 
 
 def _bare(name: str, layer: QuantizedLinear) -> LayerSummary:
     shape = (layer.out_features, layer.in_features)
-    return LayerSummary(name, "none", shape, layer.storage, 0, _bytes(_tensors(layer)), 0)
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def _bytes(tensors: Iterator[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return LayerSummary(name, "none", shape, layer.storage, 0, size_in_bytes(tensors(layer)), 0)

@@ -113,7 +113,7 @@ def resolve(
         ValueError: If ``train_bias`` is none of the choices.
     """
     wanted = _as_mapping(targets, config)
-    exclude, train = _as_patterns(exclude, "exclude"), _as_patterns(train, "train")
+    exclude, train = as_patterns(exclude, "exclude"), as_patterns(train, "train")
     candidates = _candidates(model)
     linear = {name: reason for name, reason in candidates.items() if _is_linear(layer_at(model, name))}
     if not candidates or (not linear and ALL_LINEAR in wanted):
@@ -156,14 +156,23 @@ def _as_mapping(targets: Targets, config: AdapterConfig) -> dict[str, AdapterCon
                     f"targets[{pattern!r}] must be an adapter config such as LoRAConfig(r=8), got {value!r}"
                 )
         wanted = dict(targets)
+    elif not isinstance(config, AdapterConfig):
+        raise TypeError(f"config must be an adapter config such as LoRAConfig(r=8), got {config!r}")
     else:
-        wanted = dict.fromkeys(_as_patterns(targets, "targets"), config)
+        wanted = dict.fromkeys(as_patterns(targets, "targets"), config)
     if not wanted:
         raise TargetError(f'targets is empty; pass "{ALL_LINEAR}" or the names of layers')
     return wanted
 
 
-def _as_patterns(patterns: str | Iterable[str], what: str) -> tuple[str, ...]:
+def as_patterns(patterns: str | Iterable[str], what: str) -> tuple[str, ...]:
+    """Return one pattern, or several, as a tuple.
+
+    Raises:
+        TypeError: If they are anything else; ``what`` is the argument's name in the message.
+    """
+    if isinstance(patterns, AdapterConfig):
+        raise TypeError(f"{what} must be a name or several, got {patterns!r}. A config has a name: {{name: config}}")
     if not isinstance(patterns, Iterable):
         raise TypeError(f"{what} must be a name or several, got {patterns!r}")
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)

@@ -35,7 +35,7 @@ class ExpertsKind(Kind):
         if config.dropout:
             raise ValueError("the inputs of experts are out of reach, so nothing can be dropped out; use dropout=0")
         if config.init not in INITIALIZERS:
-            raise ValueError(f"experts start by chance ({', '.join(INITIALIZERS)}), not with init={config.init!r}")
+            raise ValueError(f"experts start by chance, not with init={config.init!r}; use {', '.join(INITIALIZERS)}")
 
     def add_low_rank(self, y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         """Raise: there is no call with an input."""

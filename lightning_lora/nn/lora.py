@@ -231,9 +231,9 @@ class LoRA(Adapter):
         ``B A - B0 A0 = [B, B - B0] [A - A0; A0]``. Where ``2 R`` is more than the full rank of the layer, the product
         itself is one of the factors.
         """
+        self._require_start()
         if self.lora_A0 is None:
             return self
-        self._require_start()
         lora_A, lora_B = self._factors(whole=False)
         full = min(self.kind.in_features, self.kind.out_features)
         if lora_A.shape[0] > full:

@@ -20,7 +20,7 @@ from lightning_lora.nn.fingerprint import fingerprints
 from lightning_lora.quantization.config import NF4Config, QuantizationConfig
 from lightning_lora.quantization.edges import EMBEDDINGS, base_of, check_embeddings, edges
 from lightning_lora.quantization.expected_error import lossy
-from lightning_lora.quantization.formats import FrozenLayer, linear_class, quantized_linear
+from lightning_lora.quantization.formats import CONFIGS, FrozenLayer, linear_class, quantized_linear
 from lightning_lora.quantization.frozen_linear import FrozenLinear
 from lightning_lora.quantization.pack import pack, require_finite
 
@@ -60,14 +60,16 @@ def quantize(
 
     Raises:
         AdapterError: If the model has no adapters.
-        QuantizationError: If a weight is on the meta device or not finite, if no layer can be quantized, if a layer
-            cannot be whose adapter has ``init="loftq"``, or if ``embeddings`` are asked for and there are none, or one
-            shares its weight with another layer.
+        QuantizationError: If a weight is on the meta device or not finite, if no layer can be quantized, or all are in
+            another format already, if a layer cannot be whose adapter has ``init="loftq"``, or if ``embeddings`` are
+            asked for and there are none, or one shares its weight with another layer.
+        TypeError: If ``config`` is none.
         UnsupportedError: If bitsandbytes is not installed.
         ValueError: If ``hold`` or ``embeddings`` is none of the choices.
     """
     if hold not in ("buffers", "parameters"):
         raise ValueError(f"hold must be 'buffers' or 'parameters', got {hold!r}")
+    _check_config(config)
     check_embeddings(embeddings)
     layers = require_adapters(model)
     waiting = {} if embeddings is None else edges(model)[0]
@@ -76,6 +78,8 @@ def quantize(
     kept = check_quantizable(layers, config, device)
     dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear | StackedWeight)}
     chosen = {name: layer for name, layer in dense.items() if name not in kept}
+    if not chosen:
+        _refuse_another_format(layers, config)
     waiting |= chosen
     _check_weights(waiting)
     _warn_of_plain_starts(chosen, config)
@@ -109,6 +113,26 @@ def _quantize(layer: nn.Module, config: QuantizationConfig, device: torch.device
     for name in layer.adapters:
         layer.adapter(name).rebase(base, quantized)
     return quantized
+
+
+def _check_config(config: object) -> None:
+    if type(config) in CONFIGS.values():
+        return
+    meant = CONFIGS[config] if isinstance(config, str) and config in CONFIGS else NF4Config
+    raise TypeError(f"config must be the config of a storage, such as {meant.__name__}(), got {config!r}")
+
+
+def _refuse_another_format(layers: Mapping[str, AdaptedLayer], config: QuantizationConfig) -> None:
+    """Refuse to leave everything in another format than was asked for, where it was ours to choose."""
+    bases = {name: layer.base_layer for name, layer in layers.items()}
+    ours = {name: base.storage for name, base in bases.items() if isinstance(base, QuantizedLinear) and base.origin}
+    other = {name: storage for name, storage in ours.items() if storage.partition("/")[0] != config.name}
+    if other:
+        raise QuantizationError(
+            f"{listing(f'{name} ({storage})' for name, storage in other.items())} is quantized already, and goes from "
+            f"one format to another only by way of its original weights. Load the base anew, and quantize that to "
+            f"{config.name.upper()}"
+        )
 
 
 def check_quantizable(

@@ -9,8 +9,8 @@ from torch import nn
 from lightning_lora import LoRACallback, LoRAConfig, TargetError, inject
 from lightning_lora.callbacks.activation_checkpointing import checkpoint_blocks, fit_by_itself
 from lightning_lora.model.blocks import named_blocks, repeated_blocks
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import Net, randomize
+from tests.runs import Module, loader
 
 CPU = torch.device("cpu")
 

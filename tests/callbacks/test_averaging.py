@@ -13,8 +13,8 @@ from torch import nn
 
 from lightning_lora import LoRACallback, TargetError, UnsupportedError
 from lightning_lora.model.layers import adapted_layers
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import Net
+from tests.runs import Module, loader
 
 
 def ema() -> WeightAveraging:

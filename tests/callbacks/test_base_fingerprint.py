@@ -13,7 +13,7 @@ from lightning_lora.callbacks.checkpoints import KEY
 from lightning_lora.errors import CheckpointError
 from lightning_lora.io.fingerprint import base_fingerprint, to_json
 from lightning_lora.model.layers import adapted_layers
-from tests.callbacks.conftest import Module, loader
+from tests.runs import Module, loader
 
 
 def run(trainer, module, **settings):

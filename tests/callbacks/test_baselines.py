@@ -24,16 +24,11 @@ from lightning_lora import (
 )
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import Net
+from tests.runs import Module, fresh, loader
 
 METHODS = ["lora", "freeze", "full"]
 TOKENS = torch.randint(16, (4, 6), generator=torch.Generator().manual_seed(2))
-
-
-def fresh() -> Module:
-    seed_everything(0, verbose=False)
-    return Module()
 
 
 def changed(module: nn.Module) -> set[str]:

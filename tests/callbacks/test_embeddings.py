@@ -6,8 +6,8 @@ from lightning.pytorch import seed_everything
 
 from lightning_lora import AdapterError, CheckpointError, LoRACallback, QuantizationError, load_from_checkpoint, merge
 from lightning_lora.strategies.lora import LoRAStrategy
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import Net, relative_difference
+from tests.runs import Module, loader
 
 TOKENS = torch.randint(16, (3, 6), generator=torch.Generator().manual_seed(2))
 

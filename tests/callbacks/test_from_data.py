@@ -21,9 +21,9 @@ from lightning_lora import (
 from lightning_lora.callbacks.rng import random_state
 from lightning_lora.model.eva import share
 from lightning_lora.model.layers import adapted_layers
-from tests.callbacks.conftest import Module, loader
 from tests.callbacks.test_lora import TOKENS
 from tests.conftest import relative_difference
+from tests.runs import Module, loader
 
 
 def same_module(kind: type[Module] = Module) -> Module:

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_lora import BAdam, CheckpointError, GaLore, LoRACallback, OptimizerError, UnsupportedError
 from lightning_lora.optim.badam import BlockAdamW
 from lightning_lora.optim.galore_adamw import GaLoreAdamW
-from tests.callbacks.conftest import Module, loader
+from tests.runs import Module, loader
 
 CHOICES = {"galore_adamw": GaLore(rank=2, update_proj_gap=3), "badam": BAdam(switch_every=3)}
 CLASSES = {"galore_adamw": GaLoreAdamW, "badam": BlockAdamW}

@@ -22,10 +22,10 @@ from lightning_lora import (
 )
 from lightning_lora.nn.base import QuantizedLinear
 from lightning_lora.quantization.pack import pack
-from tests.callbacks.conftest import Module, loader
 from tests.cli.toy import Scheduled
 from tests.conftest import Net
 from tests.loading.folders import written
+from tests.runs import Module, loader
 
 
 class Loading(Module):

@@ -30,13 +30,14 @@ from lightning_lora import (
     load_adapter,
     load_from_checkpoint,
     merge,
+    save_adapter,
 )
 from lightning_lora.callbacks.checkpoints import check_optimizers
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
 from lightning_lora.quantization.nf4 import NF4Linear
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import Net, relative_difference
+from tests.runs import Module, loader
 
 TOKENS = torch.arange(12).reshape(2, 6)
 
@@ -350,6 +351,20 @@ def test_a_run_starts_from_a_saved_adapter(module, trainer, tmp_path):
         LoRACallback("q_proj", r=2, adapter=tmp_path)
 
 
+def test_adapters_of_other_names_are_not_for_the_callback(module, trainer):
+    inject(module, "q_proj", LoRAConfig(r=2), name="legal")
+    with pytest.raises(AdapterError, match=r"trains the adapter 'default', and net.blocks.0.q_proj, .* has legal\."):
+        trainer(LoRACallback("q_proj", r=2)).fit(module, loader())
+
+
+def test_a_checkpoint_is_loaded_by_its_modules_class(module, tmp_path):
+    with pytest.raises(TypeError, match="takes a class, and got a Module; pass Module"):
+        load_from_checkpoint(module, tmp_path / "it.ckpt")
+    save_adapter(inject(module.net), tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"out is an adapter folder, no checkpoint\. Use load_adapter"):
+        load_from_checkpoint(Module, tmp_path / "out")
+
+
 @pytest.mark.parametrize("settings", [{"fast_dev_run": True}, {"max_epochs": 0}])
 def test_nothing_is_merged_when_nothing_was_trained(module, trainer, tmp_path, settings):
     trainer(LoRACallback(r=4, output_dir=tmp_path / "out"), **settings).fit(module, loader())
@@ -505,13 +520,34 @@ def test_a_trainer_of_the_other_package_is_refused_with_what_to_import(tmp_path)
         ({"method": "dora", "adapter": "x"}, "adapter='x' brings its own method"),
         ({"lr_ratio": 0}, "lr_ratio must be finite and above 0"),
         ({"method": "full", "lr_ratio": 16}, "method='full' has no factors A and B"),
-        ({"quantization": "nf5"}, "quantization must be one of auto, nf4, fp4, nf3, nf2, int8, got 'nf5'"),
+        ({"quantization": "nf5"}, r"quantization must be one of auto, nf4, .*, None \(plain LoRA\), .* got 'nf5'"),
+        ({"quantization": False}, r"NF4Config\(\), got False"),
         ({"optimizer": "adamw"}, "optimizer must be one of paged_adamw_8bit, galore_adamw, badam, got 'adamw'"),
+        ({"output_dir": ""}, "output_dir is empty; name a folder"),
         ({"targets": {"q_proj": {"rank": 4}}}, r"targets\['q_proj'\] has rank; fields are r, alpha"),
     ],
 )
 def test_unknown_choices_are_refused_when_written(settings, said):
     with pytest.raises(ValueError, match=said):
+        LoRACallback(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"targets": 5}, "targets must be a name or several, got 5"),
+        ({"targets": LoRAConfig(r=3)}, r"targets must be .* A config has a name: \{name: config\}"),
+        ({"exclude": None}, "exclude must be a name or several, got None"),
+        ({"train": ["head", 3]}, "train must be non-empty strings, got 3"),
+        ({"activation_checkpointing": True}, "activation_checkpointing must be a name or several, got True"),
+        ({"merge": "false"}, r"merge must be True or False, got 'false' \(str\)"),
+        ({"output_dir": 5}, r"output_dir must be a path or None, got 5 \(int\)"),
+        ({"adapter": 5}, r"adapter must be a path or None, got 5 \(int\)"),
+        ({"eva_batches": "3", "init": "eva"}, "eva_batches must be an integer, got '3'"),
+    ],
+)
+def test_values_of_another_type_are_refused_when_written(settings, said):
+    with pytest.raises(TypeError, match=said):
         LoRACallback(**settings)
 
 

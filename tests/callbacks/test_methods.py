@@ -12,8 +12,8 @@ from torch.optim.swa_utils import get_ema_avg_fn
 from lightning_lora import AdapterError, CheckpointError, LoRACallback, disabled, load_from_checkpoint, merge
 from lightning_lora.callbacks.settings import METHODS
 from lightning_lora.model.layers import adapted_layers
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import relative_difference
+from tests.runs import Module, fresh, loader
 
 TOKENS = torch.randint(16, (3, 6), generator=torch.Generator().manual_seed(2))
 
@@ -21,11 +21,6 @@ TOKENS = torch.randint(16, (3, 6), generator=torch.Generator().manual_seed(2))
 @pytest.fixture(params=METHODS)
 def method(request) -> str:
     return request.param
-
-
-def fresh() -> Module:
-    seed_everything(0, verbose=False)
-    return Module()
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])

@@ -18,7 +18,7 @@ from torch import nn
 from lightning_lora import AdapterError, AdapterMonitor, LoRACallback, UnsupportedError, merge
 from lightning_lora.metrics.updates import dense_update
 from lightning_lora.model.layers import adapted_layers
-from tests.callbacks.conftest import Module, loader
+from tests.runs import Module, loader
 
 METHODS = {
     "lora": {"lora_A", "lora_B"},

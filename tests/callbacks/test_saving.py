@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import CheckpointError, LoRACallback
-from tests.callbacks.conftest import loader
+from tests.runs import loader
 
 resource = pytest.importorskip("resource")
 

@@ -16,9 +16,9 @@ from lightning_lora import (
     quantize,
 )
 from lightning_lora.model.layers import adapted_layers
-from tests.callbacks.conftest import Module, loader
 from tests.callbacks.test_lora import TOKENS, Watch
 from tests.conftest import relative_difference
+from tests.runs import Module, loader
 
 DENSE = [("pissa", None), ("pissa_niter_4", None), ("olora", None)]
 CASES = [*DENSE, ("pissa", "nf4"), ("olora", "nf4"), ("loftq", "nf4")]

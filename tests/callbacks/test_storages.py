@@ -5,16 +5,11 @@ import torch
 from lightning.pytorch import seed_everything
 
 from lightning_lora import AdapterError, CheckpointError, LoRACallback, load_from_checkpoint, merge
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import relative_difference
+from tests.runs import Module, fresh, loader
 
 TOKENS = torch.randint(16, (3, 6), generator=torch.Generator().manual_seed(2))
 INITS = {"fp4": "kaiming", "nf3": "kaiming", "nf2": "loftq", "int8": "kaiming"}
-
-
-def fresh() -> Module:
-    seed_everything(0, verbose=False)
-    return Module()
 
 
 @pytest.mark.parametrize("storage", INITS)

@@ -27,8 +27,9 @@ from lightning_lora import (
 from lightning_lora.cli.main import main
 from lightning_lora.io.inspection import inspect as inspect_file
 from tests.callbacks import conftest
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import Net, randomize
+from tests.io.files import Bomb
+from tests.runs import Module, loader
 
 trainer = conftest.trainer
 TOKENS = torch.arange(12)[None] % 16
@@ -253,14 +254,6 @@ def test_a_pickled_adapter_by_peft_becomes_safetensors(tmp_path, capsys):
     torch.manual_seed(0)
     loaded = load_adapter(Net(), tmp_path / "safe").eval()
     assert torch.allclose(loaded(TOKENS), theirs.eval()(TOKENS), atol=1e-6)
-
-
-class Bomb:
-    def __init__(self, path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_code_in_a_pickle_is_not_run(folder, tmp_path, capsys):

@@ -257,7 +257,7 @@ MISSPELT = [
     (
         [],
         {"lora": {"quantization": "nf5"}},
-        "lora: quantization must be one of auto, nf4, fp4, nf3, nf2, int8, got",
+        "lora: quantization must be one of auto, nf4, fp4, nf3, nf2, int8, None",
     ),
     ([], {"lora": {"quantization": {"block_size": 65}}}, "lora: block_size must be one of 32, 64, 128,"),
     ([], {"lora": {"r": 0}}, "lora: r must be at least 1, got 0. Typical ranks: 8, 16, 64"),

@@ -22,8 +22,8 @@ from lightning_lora.metrics.effective_rank import effective_rank
 from lightning_lora.metrics.subspace_similarity import subspace_similarity
 from lightning_lora.metrics.updates import dense_update
 from lightning_lora.model.layers import adapted_layers
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import randomize
+from tests.runs import Module, loader
 
 pytest.importorskip("matplotlib")
 

@@ -31,6 +31,7 @@ from lightning_lora.io.conversion import checkpoint_to_folder
 from lightning_lora.io.inspection import inspect
 from tests.conformance.combinations import KINDS
 from tests.conftest import randomize, relative_difference
+from tests.runs import trainers_in
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 
@@ -97,15 +98,7 @@ def named(scale, monkeypatch) -> None:
 def fit(tmp_path):
     def run(**arguments) -> tuple[Module, L.Trainer]:
         callback = LoRACallback("*", method="scale", merge=False, **arguments)
-        trainer = L.Trainer(
-            max_steps=4,
-            accelerator="cpu",
-            callbacks=[callback],
-            default_root_dir=tmp_path,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = trainers_in(tmp_path, max_steps=4, max_epochs=-1)(callback)
         module = Module()
         trainer.fit(module, DataLoader(torch.randn(32, 16), batch_size=8))
         return module, trainer

@@ -27,8 +27,8 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.io.base_files import BaseFiles
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import Net
+from tests.runs import Module, loader
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 WIDTH = 128

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -12,10 +12,8 @@ from lightning_lora import AdapterError, LoRACallback, load_adapter, load_from_c
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.nn.attention import SplitAttention
 from lightning_lora.quantization.nf4 import NF4Linear
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import relative_difference
-
-TOKENS = next(iter(loader()))[0]
+from tests.runs import MakeTrainer, Module, loader, output, trainers_in
 
 
 class Encoder(nn.Module):
@@ -55,21 +53,8 @@ class Early(Attentive):
 
 
 @pytest.fixture
-def trainer(tmp_path):
-    """Make trainers that say nothing; settings override the defaults."""
-
-    def make(*callbacks, **settings) -> Trainer:
-        defaults = {
-            "accelerator": "cpu",
-            "max_epochs": 2,
-            "default_root_dir": tmp_path,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        }
-        return Trainer(callbacks=list(callbacks), **{**defaults, **settings})
-
-    return make
+def trainer(tmp_path) -> MakeTrainer:
+    return trainers_in(tmp_path)
 
 
 class Watch(Callback):
@@ -80,14 +65,6 @@ class Watch(Callback):
         self.output = output(pl_module)
         self.groups = [list(group["params"]) for group in trainer.optimizers[0].param_groups]
         self.names = {id(p): name for name, p in pl_module.named_parameters()}
-
-
-@torch.no_grad()
-def output(module):
-    was = module.training
-    found = module.eval()(TOKENS)
-    module.train(was)
-    return found
 
 
 def attentions(module) -> set[type]:

@@ -4,7 +4,6 @@ BoringModel is one ``Linear(32, 2)``; ``WideBoringModel`` is as plain and wide e
 """
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader
 from lightning_lora import LoRACallback, LoRAConfig, LoRAStrategy, inject, load_from_checkpoint, quantize
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.quantization.nf4 import NF4Linear
+from tests.runs import MakeTrainer, trainers_in
 
 
 class WideBoringModel(BoringModel):
@@ -88,26 +88,16 @@ def kind(request) -> Kind:
 
 
 @pytest.fixture
-def trainer(tmp_path) -> Callable[..., Trainer]:
-    """Make trainers of few, short epochs; settings override the defaults."""
-
-    def make(*callbacks, **settings) -> Trainer:
-        defaults = {
-            "accelerator": "cpu",
-            "max_epochs": 2,
-            "limit_train_batches": 4,
-            "limit_val_batches": 2,
-            "limit_test_batches": 2,
-            "limit_predict_batches": 2,
-            "log_every_n_steps": 1,
-            "default_root_dir": tmp_path,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        }
-        return Trainer(callbacks=list(callbacks), **{**defaults, **settings})
-
-    return make
+def trainer(tmp_path) -> MakeTrainer:
+    """Of few, short epochs."""
+    return trainers_in(
+        tmp_path,
+        limit_train_batches=4,
+        limit_val_batches=2,
+        limit_test_batches=2,
+        limit_predict_batches=2,
+        log_every_n_steps=1,
+    )
 
 
 def adapters(module: LightningModule) -> dict[str, torch.Tensor]:

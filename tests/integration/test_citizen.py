@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +58,9 @@ from lightning_lora import (
 )
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.quantization.nf4 import NF4Linear
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import Net, relative_difference
+from tests.runs import MakeTrainer, Module, loader, output, trainers_in
 
-TOKENS = next(iter(loader()))[0]
 ADAPTED = {"net.blocks.0.q_proj", "net.blocks.0.up_proj", "net.blocks.1.q_proj", "net.blocks.1.up_proj"}
 ADAPTED |= {"net.downs.0", "net.downs.1"}
 
@@ -74,21 +72,8 @@ def fresh(kind: type[LightningModule] = Module, *arguments) -> Any:
 
 
 @pytest.fixture
-def trainer(tmp_path) -> Callable[..., Trainer]:
-    """Make trainers that say nothing; settings override the defaults."""
-
-    def make(*callbacks, **settings) -> Trainer:
-        defaults = {
-            "accelerator": "cpu",
-            "max_epochs": 1,
-            "default_root_dir": tmp_path,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        }
-        return Trainer(callbacks=list(callbacks), **{**defaults, **settings})
-
-    return make
+def trainer(tmp_path) -> MakeTrainer:
+    return trainers_in(tmp_path, max_epochs=1)
 
 
 class Look(Callback):
@@ -109,14 +94,6 @@ class Look(Callback):
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-@torch.no_grad()
-def output(module: LightningModule) -> torch.Tensor:
-    was = module.training
-    found = module.eval()(TOKENS)
-    module.train(was)
-    return found
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -18,15 +18,14 @@ from lightning_lora import (
 )
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.quantization.stacks import NF4Stack
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import relative_difference
 from tests.nn.test_experts import mixtral, qwen2, qwen3
+from tests.runs import TOKENS, MakeTrainer, Module, loader, output, trainers_in
 
 transformers = pytest.importorskip("transformers")
 TARGETS = ["all-linear", "experts.*"]
 STACKS = ("gate_up_proj", "down_proj")
 EXCLUDE = {mixtral: (), qwen3: (), qwen2: ("shared_expert_gate",)}
-TOKENS = next(iter(loader()))[0]
 
 
 class Mixture(nn.Module):
@@ -70,32 +69,17 @@ class Watch(Callback):
         self.bases = {path: type(layer.base_layer) for path, layer in layers if "experts" in path}
 
 
-@torch.no_grad()
-def output(module):
-    was = module.training
-    found = module.eval()(TOKENS)
-    module.train(was)
-    return found
-
-
-def trainer(folder, *callbacks, **settings) -> Trainer:
-    defaults = {
-        "accelerator": "cpu",
-        "max_epochs": 2,
-        "default_root_dir": folder,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(callbacks=list(callbacks), **{**defaults, **settings})
+@pytest.fixture
+def trainer(tmp_path) -> MakeTrainer:
+    return trainers_in(tmp_path)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", None])
-def test_the_module_ends_with_its_own_keys_and_the_trained_function(quantization, tmp_path):
+def test_the_module_ends_with_its_own_keys_and_the_trained_function(quantization, trainer, tmp_path):
     module, watch = Routed(), Watch()
     keys, base = list(module.state_dict()), output(module)
     callback = LoRACallback(TARGETS, r=4, quantization=quantization, output_dir=tmp_path / "out")
-    trainer(tmp_path, watch, callback).fit(module, loader())
+    trainer(watch, callback).fit(module, loader())
     assert list(module.state_dict()) == keys
     assert relative_difference(output(module), watch.output) <= 1e-5  # fp32, another order of summation
     assert relative_difference(output(module), base) > 1e-3
@@ -106,12 +90,12 @@ def test_the_module_ends_with_its_own_keys_and_the_trained_function(quantization
     assert all(torch.equal(loaded[key], tensor) for key, tensor in watch.state.items())
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trainer, tmp_path):
     def run(epochs, path=None):
         module, watch = Routed(), Watch()
         keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
         callbacks = (watch, LoRACallback(TARGETS, r=4), keep)
-        trainer(tmp_path, *callbacks, max_epochs=epochs).fit(module, loader(shuffle=True), ckpt_path=path)
+        trainer(*callbacks, max_epochs=epochs).fit(module, loader(shuffle=True), ckpt_path=path)
         return watch.state
 
     straight = run(2)
@@ -121,13 +105,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     assert all(torch.equal(resumed[key], tensor) for key, tensor in straight.items())
 
 
-def test_a_second_fit_and_a_load_without_a_trainer_take_the_adapters_up(tmp_path):
+def test_a_second_fit_and_a_load_without_a_trainer_take_the_adapters_up(trainer, tmp_path):
     module, first, second = Routed(), Watch(), Watch()
-    run = trainer(tmp_path, first, LoRACallback(TARGETS, r=4), max_epochs=1)
+    run = trainer(first, LoRACallback(TARGETS, r=4), max_epochs=1)
     run.fit(module, loader())
     run.save_checkpoint(tmp_path / "a.ckpt")
     assert torch.equal(output(load_from_checkpoint(Routed, tmp_path / "a.ckpt")), first.output)
-    trainer(tmp_path, second, LoRACallback(TARGETS, r=4), max_epochs=1).fit(module, loader())
+    trainer(second, LoRACallback(TARGETS, r=4), max_epochs=1).fit(module, loader())
     assert second.state.keys() == first.state.keys()
     assert not adapted_layers(module)
     assert relative_difference(output(module), second.output) <= 1e-5
@@ -152,11 +136,11 @@ class LanguageModel(LightningModule):
 
 
 @pytest.mark.parametrize("build", [mixtral, qwen2, qwen3])
-def test_a_mixture_of_transformers_trains_in_nf4_merges_and_loads(build, tmp_path):
+def test_a_mixture_of_transformers_trains_in_nf4_merges_and_loads(build, trainer, tmp_path):
     module, watch = LanguageModel(build), Watch()
     keys, base = list(module.state_dict()), output(module)
     callback = LoRACallback(TARGETS, r=2, exclude=EXCLUDE[build], output_dir=tmp_path)
-    trainer(tmp_path, watch, callback, max_steps=2, max_epochs=1).fit(module, loader())
+    trainer(watch, callback, max_steps=2, max_epochs=1).fit(module, loader())
     assert watch.bases == {f"model.model.layers.{i}.mlp.experts.{name}": NF4Stack for i in (0, 1) for name in STACKS}
     moved = [tensor for key, tensor in watch.state.items() if "experts" in key and key.endswith("lora_B")]
     assert all(tensor.any() for tensor in moved)

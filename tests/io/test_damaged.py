@@ -36,8 +36,9 @@ from lightning_lora import (
 from lightning_lora.cli.main import main
 from lightning_lora.nn.adapter import AdapterConfig
 from tests.callbacks import conftest
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import Net, randomize
+from tests.io.files import Bomb
+from tests.runs import Module, loader
 
 trainer = conftest.trainer
 
@@ -541,16 +542,6 @@ def test_an_edit_that_was_meant_is_accepted_without_the_checksums(checkpoint):
 
 
 # ---- code and paths
-
-
-class Bomb:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,26 +32,13 @@ from lightning_lora.io.shards import as_bytes
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.nn import pieces
 from tests.conftest import Net, randomize
+from tests.io.files import assert_equal, read
 
 
 def adapted(*, quantized: bool = False, dtype: torch.dtype = torch.float32, **settings) -> nn.Module:
     torch.manual_seed(0)
     model = randomize(inject(Net().to(dtype), **settings))
     return quantize(model) if quantized else model
-
-
-def read(folder: Path) -> dict[str, Tensor]:
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
-
-
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert sorted(one) == sorted(other)
-    for key, tensor in one.items():
-        assert tensor.dtype == other[key].dtype, key
-        assert torch.equal(tensor, other[key]), key
 
 
 @pytest.mark.parametrize("size", ["5GB", "40KB", 1])

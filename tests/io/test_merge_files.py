@@ -29,6 +29,7 @@ from lightning_lora.cli.main import main
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.nn.base import dense_weight
 from tests.conftest import Net, randomize
+from tests.io.files import assert_equal, read
 
 
 class Kinds(Net):
@@ -62,20 +63,6 @@ def trained(base: Path, *, quantized: bool = False, **settings) -> nn.Module:
 
 def run(base: Path, adapter: Path, out: Path, *more: str) -> int:
     return main(["merge", "--base", str(base), "--adapter", str(adapter), "--out", str(out), *more])
-
-
-def read(folder: Path) -> dict[str, Tensor]:
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
-
-
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert sorted(one) == sorted(other)
-    for key, tensor in one.items():
-        assert tensor.dtype == other[key].dtype, key
-        assert torch.equal(tensor, other[key]), key
 
 
 @pytest.mark.parametrize("size", ["5GB", "40KB"])

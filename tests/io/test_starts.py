@@ -118,3 +118,10 @@ def test_the_merged_model_is_the_trained_one(tokens):
     model = randomize(inject(base(), config=LoRAConfig(r=4, init="pissa")))
     expected = model(tokens)
     assert relative_difference(merge(model)(tokens), expected) <= 1e-5
+
+
+def test_an_adapter_that_still_waits_for_its_start_is_not_saved(tmp_path):
+    model = inject(nn.Sequential(nn.Linear(8, 8)), "0", LoRAConfig(r=2, init="eva"))
+    with pytest.raises(AdapterError, match=r"init='eva' starts from data: call initialize_eva\(model, batches\) first"):
+        save_adapter(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

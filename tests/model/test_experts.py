@@ -26,18 +26,9 @@ from lightning_lora.io.fingerprint import base_fingerprint
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.nn.combining import trim
 from tests.conftest import randomize, relative_difference
+from tests.nn.test_experts import Mix
 
 F64 = torch.float64
-
-
-class Mix(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Parameter(torch.randn(4))
-        self.up = nn.Parameter(torch.randn(4, 12, 16))
-
-    def forward(self, x):
-        return torch.einsum("e,eoi,...i->...o", self.gate, self.up, x)
 
 
 class Net(nn.Module):

@@ -18,6 +18,7 @@ from lightning_lora import (
     quantize,
     summary,
 )
+from lightning_lora.model.layers import adapted_layers
 from lightning_lora.nn.lora import LoRA
 from tests.conftest import randomize
 
@@ -199,3 +200,10 @@ def test_a_second_adapter_leaves_what_the_first_trains_along(net):
     inject(net, "up_proj", name="other")
     assert list(adapter_state_dict(net)) == keys
     assert "base_model.model.head.weight" in keys
+
+
+@pytest.mark.parametrize("config", [{"r": 4}, LoRAConfig, None])
+def test_what_is_no_config_is_refused(net, config):
+    with pytest.raises(TypeError, match=r"config must be an adapter config such as LoRAConfig\(r=8\), got"):
+        inject(net, config=config)
+    assert not adapted_layers(net)

@@ -17,6 +17,7 @@ from lightning_lora.nn.functional import row_norms
 from lightning_lora.nn.kinds import kind_of
 from tests.conftest import randomize, relative_difference
 from tests.nn.test_kinds import LAYERS, tokens, values
+from tests.nn.test_once_per_step import paged_8bit
 
 SCALE = 5 / 3
 
@@ -226,12 +227,6 @@ def test_the_norm_is_taken_once_per_layer_and_optimizer_step(packed, reentrant):
             optimizer.step()
             optimizer.zero_grad()
             assert norms.count == 2 * (step + 1)
-
-
-def paged_8bit(parameters) -> torch.optim.Optimizer:
-    optimizer = bitsandbytes.optim.PagedAdamW8bit(parameters, lr=0.1)
-    optimizer._cpu_paged_warned = True
-    return optimizer
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from lightning_lora.optim.flat_adamw import FlatPagedAdamW8bit
 from lightning_lora.optim.paged_adamw import paged_adamw_8bit
 from lightning_lora.optim.report import optimizer_report
 from lightning_lora.quantization.nf4 import NF4Linear
-from tests.callbacks.conftest import Module, loader
 from tests.conftest import Net, randomize, relative_difference
+from tests.runs import Module, loader
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from lightning_lora import (
+    FP4Config,
+    Int8Config,
     LoRAConfig,
     QuantizationError,
     TargetError,
@@ -50,6 +52,18 @@ def test_logical_counts_are_those_of_the_dense_model(net):
 def test_quantizing_twice_changes_nothing(net):
     state = copy.deepcopy(quantize(inject(net)).state_dict())
     assert all(torch.equal(value, state[key]) for key, value in quantize(net).state_dict().items())
+
+
+def test_another_format_than_the_one_there_is_refused(net):
+    quantize(inject(net))
+    with pytest.raises(QuantizationError, match=r"q_proj \(nf4/64 double-quantized\).* is quantized already"):
+        quantize(net, Int8Config())
+
+
+@pytest.mark.parametrize(("config", "meant"), [("int8", "Int8Config"), (4, "NF4Config"), (FP4Config, "NF4Config")])
+def test_what_is_no_config_is_refused_with_the_one_that_was_meant(net, config, meant):
+    with pytest.raises(TypeError, match=rf"such as {meant}\(\), got"):
+        quantize(inject(net), config)
 
 
 def test_training_leaves_the_base_bit_identical(net, tokens):

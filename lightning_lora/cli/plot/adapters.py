@@ -12,6 +12,7 @@ from lightning_lora.errors import AdapterError, listing
 from lightning_lora.io import adapter_file, peft
 from lightning_lora.io.attention import update_of_part
 from lightning_lora.io.description import KEY
+from lightning_lora.io.inspection import of_layer
 from lightning_lora.metrics.spectrum import Factors
 from lightning_lora.nn.low_rank import SCALINGS
 
@@ -54,7 +55,7 @@ def _from_checkpoint(path: Path) -> dict[str, Factors]:
     if KEY not in checkpoint or "method" not in checkpoint[KEY]:
         raise AdapterError("was not written by LoRACallback, so it holds no adapter")
     description, state = checkpoint[KEY], checkpoint["state_dict"]
-    methods = {layer: _of(description["method"], layer) for layer in description["targets"]}
+    methods = {layer: of_layer(description["method"], layer) for layer in description["targets"]}
     others = sorted(set(methods.values()) - set(_LOW_RANK))
     if others:
         raise AdapterError(f"holds {listing(others)}, whose updates cannot be drawn without the model; lora can be")
@@ -64,16 +65,13 @@ def _from_checkpoint(path: Path) -> dict[str, Factors]:
 def _factors(description: dict[str, Any], layer: str, state: dict[str, Tensor]) -> Factors:
     tensors = {key: state[f"{layer}{_INFIX}{key}"] for key in ("lora_A", "lora_B")}
     lora_A, lora_B = tensors["lora_A"].float(), tensors["lora_B"].float()
-    scale = SCALINGS[_of(description["scaling"], layer)](*(_of(description[key], layer) for key in ("alpha", "r")))
+    scale = SCALINGS[of_layer(description["scaling"], layer)](
+        *(of_layer(description[key], layer) for key in ("alpha", "r"))
+    )
     start_A, start_B = (state.get(f"{layer}{_INFIX}{key}") for key in ("lora_A0", "lora_B0"))
     if start_A is not None and start_B is not None:  # the change since the start: B A - B0 A0
         lora_A, lora_B = torch.cat([lora_A - start_A, start_A]), torch.cat([lora_B, lora_B - start_B], dim=1)
     return lora_A, scale * lora_B
-
-
-def _of(value: Any, layer: str) -> Any:
-    """A field of one layer: descriptions hold one value where all layers agree."""
-    return value[layer] if isinstance(value, dict) else value
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
