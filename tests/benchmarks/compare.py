@@ -44,8 +44,8 @@ from report import Claim, Report, environment, parser
 
 OPTIONAL = ("torchtune", "torchao", "triton")
 NOTE = """A ratio is the median over the rounds of two contenders' times in the same round; *x floor* of PEFT's default
-is the most that *PEFT default / this* could be. *forward + backward* starts without gradients. *8-bit AdamW* is paged: of
-this library over all adapters at once, of the others bitsandbytes' tensor by tensor; *fused AdamW* is torch's.
+is the most that *PEFT default / this* could be. *forward + backward* starts without gradients. *8-bit AdamW* is paged:
+of this library over all adapters at once, of the others bitsandbytes' tensor by tensor; *fused AdamW* is torch's.
 *tokens/s* is of a whole step with the former. *peak* is the model's own bytes and the most that a forward and backward
 pass allocates beyond them; moments of optimizers are not in it. *saved* is what is still allocated after the forward
 pass. *loss off* and *gradient norm off* are relative to PEFT's default. The floor is dense in bf16, whatever the others
