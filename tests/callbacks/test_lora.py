@@ -496,7 +496,7 @@ def test_a_trainer_of_the_other_package_is_refused_with_what_to_import(tmp_path)
         ({"lr_ratio": 0}, "lr_ratio must be finite and above 0"),
         ({"method": "full", "lr_ratio": 16}, "method='full' has no factors A and B"),
         ({"quantization": "nf5"}, "quantization must be one of auto, nf4, fp4, nf3, nf2, int8, got 'nf5'"),
-        ({"optimizer": "adamw"}, "optimizer must be one of paged_adamw_8bit, got 'adamw'"),
+        ({"optimizer": "adamw"}, "optimizer must be one of paged_adamw_8bit, galore_adamw, badam, got 'adamw'"),
         ({"targets": {"q_proj": {"rank": 4}}}, r"targets\['q_proj'\] has rank; fields are r, alpha"),
     ],
 )
