@@ -35,9 +35,9 @@ WIDTH, INNER, BLOCKS = 2048, 5632, 8
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # freed memory goes back at once, and what is resident is in use
 WARM_UP = 1
 """Rounds not counted."""
-NOTE = """*Extra* is the peak of the resident memory during an export less what was resident before it; freed memory is given
-back at once (`MALLOC_MMAP_THRESHOLD_`), else what glibc keeps would count. Times are medians of rounds in which all
-take turns, and *ratio* is the median of the ratios within a round. Each writes to an empty folder right after a
+NOTE = """*Extra* is the peak of the resident memory during an export less what was resident before it; freed memory is
+given back at once (`MALLOC_MMAP_THRESHOLD_`), else what glibc keeps would count. Times are medians of rounds in which
+all take turns, and *ratio* is the median of the ratios within a round. Each writes to an empty folder right after a
 file of the same bytes was written there, synced and deleted: the page cache has memory for all of them alike (where
 a virtual machine has to get it from its host first, both take longer by as much, and the ratio falls). The export
 ends with `fsync`, as it always does, and so does what it is compared with. `save_file` is given tensors that are
