@@ -45,8 +45,7 @@ merged already. *Merging alone* is what dequantizing, merging and rounding take 
 that the export writes in a second thread, which competes for the same cores, checks what it computed for NaN and
 infinity, and reads headers and a sample again, which it merges a second time to compare.
 On two cores that others use too, repeated runs had ratios from 1.5 to 2.5 in float32 and from 1.9 to 3.9 in bfloat16:
-where the page cache is warm, merging alone takes longer than `save_file`, and its threads wait for the one that
-writes."""
+where the page cache is warm, merging alone takes longer than `save_file`."""
 OUT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 INTRODUCTION = """# The merged export
 
