@@ -15,7 +15,6 @@ from types import TracebackType
 from typing_extensions import Self
 
 _WAITING = 2**25
-_FLUSHED = 2**25
 
 
 class WriteBehind:
@@ -27,7 +26,6 @@ class WriteBehind:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lightning_lora-writes")
         self._waiting: deque[tuple[Future[None], int]] = deque()
-        self._unflushed = 0
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -56,11 +54,10 @@ class WriteBehind:
         self._waiting.popleft()[0].result()
 
     def _write(self, file: RawIOBase, offset: int, data: memoryview) -> None:
-        self._unflushed += len(data)
+        size = len(data)
         file.seek(offset)
         while data:  # one call writes 2 GiB at most
             data = data[file.write(data) :]
-        if self._unflushed >= _FLUSHED and sys.platform == "linux":
-            # Starts to write what is not on disk yet, without waiting as fsync would, and drops only what is.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            self._unflushed = 0
+        if sys.platform == "linux":
+            # Starts to write this to disk without waiting, as fsync would, and drops from memory only what is there.
+            os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_DONTNEED)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,23 +13,23 @@ from lightning_lora.io import behind
 from lightning_lora.io.behind import WriteBehind
 
 
-class Slow(io.RawIOBase):
+class Slow(io.FileIO):
     """A file that keeps each write until it is let go, and takes a part of what it is given."""
 
-    def __init__(self) -> None:
-        self.go, self.began, self.place, self.data = threading.Event(), threading.Event(), 0, bytearray(32)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.place = offset
-        return offset
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self.go, self.began = threading.Event(), threading.Event()
 
     def write(self, data: memoryview) -> int:
         self.began.set()
         assert self.go.wait(10)
-        taken = data[:3]
-        self.data[self.place : self.place + len(taken)] = taken
-        self.place += len(taken)
-        return len(taken)
+        return super().write(data[:3])
+
+
+@pytest.fixture
+def file(tmp_path) -> Iterator[Slow]:
+    with Slow(tmp_path / "file") as opened:
+        yield opened
 
 
 class Broken(io.RawIOBase):
@@ -44,18 +46,16 @@ def piece(text: bytes) -> memoryview:
     return memoryview(text)
 
 
-def test_what_is_put_lands_where_it_was_meant_to_by_the_end_of_the_block():
-    file = Slow()
+def test_what_is_put_lands_where_it_was_meant_to_by_the_end_of_the_block(file):
     file.go.set()
     with WriteBehind() as writes:
         writes.put(file, 8, piece(b"second one"))
         writes.put(file, 0, piece(b"first"))
-    assert bytes(file.data[:18]) == b"first\0\0\0second one"
+    assert Path(file.name).read_bytes() == b"first\0\0\0second one"
 
 
-def test_put_waits_while_more_would_wait_than_is_allowed(monkeypatch):
+def test_put_waits_while_more_would_wait_than_is_allowed(file, monkeypatch):
     monkeypatch.setattr(behind, "_WAITING", 8)
-    file = Slow()
     with WriteBehind() as writes:
         writes.put(file, 0, piece(b"twelve bytes"))  # alone it may be larger
         assert file.began.wait(10)
@@ -73,9 +73,7 @@ def test_what_is_raised_in_the_thread_is_raised_at_the_end():
         writes.put(Broken(), 0, piece(b"x"))
 
 
-def test_what_is_raised_in_the_block_goes_first_and_drops_what_waits():
-    file = Slow()
-
+def test_what_is_raised_in_the_block_goes_first_and_drops_what_waits(file):
     def fail() -> None:
         with WriteBehind() as writes:
             writes.put(file, 0, piece(b"abc"))
@@ -86,11 +84,11 @@ def test_what_is_raised_in_the_block_goes_first_and_drops_what_waits():
 
     with pytest.raises(KeyError, match="mine"):
         fail()
-    assert bytes(file.data[:6]) == b"abc\0\0\0"
+    assert Path(file.name).read_bytes() == b"abc"
 
 
-def test_no_thread_is_left():
+def test_no_thread_is_left(file):
     before = threading.active_count()
     with WriteBehind() as writes:
-        writes.put(Slow(), 0, piece(b""))
+        writes.put(file, 0, piece(b""))
     assert threading.active_count() == before

@@ -28,6 +28,7 @@ from lightning_lora import (
     quantize,
     save_adapter,
 )
+from lightning_lora.io import behind
 from lightning_lora.io.shards import as_bytes
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.nn import pieces
@@ -308,6 +309,7 @@ def peak_of_an_export(model: nn.Module, folder: Path, size: str = "5GB") -> int:
 @pytest.mark.parametrize("quantized", [False, True])
 def test_an_export_holds_a_few_rows_of_a_layer_and_no_more(quantized, config, dtype, size, tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "_ELEMENTS", 1)  # 64 rows at a time
+    monkeypatch.setattr(behind, "_WAITING", 1)  # one piece is written, and none waits
     model = randomize(inject(Net(width=512, depth=2).to(dtype), config=config))
     if quantized:
         quantize(model)
@@ -318,7 +320,8 @@ def test_an_export_holds_a_few_rows_of_a_layer_and_no_more(quantized, config, dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_where_rows_do_not_merge_alone_an_export_holds_a_layer_and_the_one_being_written(dtype, tmp_path):
+def test_where_rows_do_not_merge_alone_an_export_holds_a_layer_and_the_one_being_written(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(behind, "_WAITING", 1)
     model = quantize(randomize(inject(Net(width=256, depth=3).to(dtype), config=DoRAConfig(r=2))))
     layer, whole = 256 * 512 * dtype.itemsize, 256 * 512 * 4
     # DoRA holds the weight, the update and their sum in float32, and then the sum times the magnitudes.

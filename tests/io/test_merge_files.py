@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 from lightning_lora import (
     DoRAConfig,
+    FP4Config,
+    Int8Config,
     LoRAConfig,
     LoRAFAConfig,
+    NF2Config,
+    NF3Config,
     VeRAConfig,
     export_merged,
     inject,
@@ -79,6 +83,17 @@ def test_it_writes_the_very_bytes_that_the_live_model_exports(quantized, dtype, 
     assert ("dequantized" in said) == quantized
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "kinds"
     assert not (tmp_path / "out" / "modeling.py").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*NF2")
+@pytest.mark.parametrize("config", [FP4Config(), NF3Config(double_quant=False), NF2Config(), Int8Config()])
+def test_each_storage_is_made_again_and_merged_as_the_live_model_is(config, base, tmp_path, capsys):
+    model = quantize(trained(base), config)
+    save_adapter(model, tmp_path / "adapter")
+    export_merged(model, tmp_path / "live", max_shard_size="40KB")
+    assert run(base, tmp_path / "adapter", tmp_path / "out") == 0
+    assert_equal(read(tmp_path / "out"), read(tmp_path / "live"))
+    assert config.storage in capsys.readouterr().out
 
 
 def test_onto_the_original_has_to_be_asked_for_and_prints_the_drift(base, tmp_path, capsys):
