@@ -65,7 +65,14 @@ def check_trainer(trainer: Trainer, lora: Callback) -> None:
                 raise UnsupportedError(f"{type(other).__name__} {reason}. Drop one of the two callbacks")
 
 
-def check_sharding(strategy: ModelParallelStrategy, *, merge: bool, output_dir: object, paged_8bit: bool) -> None:
+def check_sharding(
+    strategy: ModelParallelStrategy,
+    *,
+    merge: bool,
+    output_dir: object,
+    paged_8bit: bool,
+    dequantized_cache: int | None = None,
+) -> None:
     """Refuse settings that need the whole model in one process, which sharding avoids.
 
     Raises:
@@ -75,6 +82,7 @@ def check_sharding(strategy: ModelParallelStrategy, *, merge: bool, output_dir: 
         "LoRACallback(merge=False)": merge,
         "LoRACallback(output_dir=None)": output_dir is not None,
         "LoRACallback(optimizer=None)": paged_8bit,
+        "LoRACallback(dequantized_cache=None)": dequantized_cache is not None,
         "ModelParallelStrategy(save_distributed_checkpoint=False)": strategy._save_distributed_checkpoint,
     }
     change = [setting for setting, needed in wanted.items() if needed]

@@ -49,7 +49,9 @@ from lightning_lora.io.adapter_folder import save_adapter
 from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.export import write_model
 from lightning_lora.io.keys import canonical
+from lightning_lora.model.dequantized import forget_dequantized, keep_dequantized
 from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.sizes import parse_size
 from lightning_lora.model.targets import ALL_LINEAR
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.optim.lora_plus import check_rate
@@ -103,6 +105,8 @@ class LoRACallback(Callback):
         activation_checkpointing: Names or globs of modules (``"layers"``) whose activations are recomputed in the
             backward pass instead of kept; ``"auto"`` recomputes the repeated blocks of a model on a GPU if they would
             not fit; None keeps all.
+        dequantized_cache: Memory for weights that stay dequantized while training, instead of being dequantized for
+            each product: ``"4GB"`` (10^9 bytes each) or ``"4GiB"``. Results are the same to the bit; None keeps none.
         eva_batches: How many training batches ``init="eva"`` runs at most; fewer, once its directions have settled.
         on_save_error: What to do when a checkpoint cannot be written (a full disk): ``"raise"``, or ``"warn"`` and go
             on training; the last good checkpoint stays in either case.
@@ -131,6 +135,7 @@ class LoRACallback(Callback):
         output_dir: str | Path | None = None,
         adapter: str | Path | None = None,
         activation_checkpointing: str | Iterable[str] | None = None,
+        dequantized_cache: str | None = None,
         eva_batches: int = EVA_BATCHES,
         on_save_error: str = "raise",
     ) -> None:
@@ -162,6 +167,12 @@ class LoRACallback(Callback):
             if activation_checkpointing is None or isinstance(activation_checkpointing, str)
             else tuple(activation_checkpointing)
         )
+        self.dequantized_cache = None if dequantized_cache is None else parse_size(dequantized_cache)
+        if self.dequantized_cache is not None and method in BASELINES:
+            raise ValueError(
+                f"method={method!r} quantizes nothing, so dequantized_cache={dequantized_cache!r} has nothing to keep; "
+                "drop it"
+            )
         self.on_save_error = on_save_error
         self._begin()
 
@@ -220,6 +231,9 @@ class LoRACallback(Callback):
         if self.activation_checkpointing is not None:
             device = trainer.strategy.root_device
             self._undo += checkpoint_blocks(pl_module, self.activation_checkpointing, device)
+        if self.dequantized_cache is not None:
+            keep_dequantized(pl_module, self.dequantized_cache)
+            self._undo.append(partial(forget_dequantized, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give a resumed run the rest of its state, and keep running statistics of frozen norms: the base stays."""
@@ -328,6 +342,7 @@ class LoRACallback(Callback):
             merge=self.merge and self.settings.has_adapters,
             output_dir=self.output_dir,
             paged_8bit=self.paged_8bit,
+            dequantized_cache=self.dequantized_cache,
         )
         self._undo += [
             substitute(strategy, "lightning_module_state_dict", partial(full_state, module)),
@@ -400,6 +415,7 @@ class LoRACallback(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         finetune, folder = FINETUNES[module], self.output_dir
+        forget_dequantized(module)  # merging needs memory itself
         if folder is not None and trainer.is_global_zero:
             with told(folder, self.on_save_error):
                 self._write(network(module), finetune, Path(folder))

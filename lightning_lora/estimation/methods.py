@@ -14,6 +14,7 @@ from lightning_lora.estimation.optimizers import COUNTERS
 from lightning_lora.estimation.setup import Setup
 from lightning_lora.estimation.storage import STORAGES, Sized, Storage
 from lightning_lora.model.blocks import repeated_blocks
+from lightning_lora.model.dequantized import keep_dequantized
 from lightning_lora.model.inject import inject
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.targets import resolve, resolve_train
@@ -84,10 +85,10 @@ class LoRA(Method):
         notes = [f"left as they are: {listing(f'{name} ({why})' for name, why in left.items())}"] if left else []
         if self.storage is None:
             return notes
-        return notes + self._quantize(model, self.storage)
+        return notes + self._quantize(model, self.storage, setup)
 
     @staticmethod
-    def _quantize(model: nn.Module, storage: Storage) -> list[str]:
+    def _quantize(model: nn.Module, storage: Storage, setup: Setup) -> list[str]:
         layers = adapted_layers(model)
         dense = {name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear)}
         kept = [name for name in layers if name not in dense]
@@ -99,6 +100,7 @@ class LoRA(Method):
         for layer in dense.values():
             assert isinstance(layer.base_layer, nn.Linear)
             layer.base_layer = Sized(layer.base_layer, storage)
+        keep_dequantized(model, setup.dequantized_cache)
         return [f"adapted and not quantized: {listing(kept)}"] if kept else []
 
 

@@ -40,6 +40,7 @@ class Setup:
             the parameters; ``"paged_adamw_32bit"``, QLoRA's.
         device: ``"cuda"`` or ``"cpu"``: how the optimizer updates depends on it, and nothing else does.
         activation_checkpointing: None, ``"blocks"`` (those the model repeats), or patterns of modules.
+        dequantized_cache: Bytes of weights that stay dequantized; with ``qlora-`` methods alone.
 
     Raises:
         ValueError: If a value is none of the choices.
@@ -54,6 +55,7 @@ class Setup:
     optimizer: str = "paged_adamw_8bit"
     device: str = "cuda"
     activation_checkpointing: str | tuple[str, ...] | None = None
+    dequantized_cache: int = 0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -61,6 +63,8 @@ class Setup:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r must be a whole number of at least 1, got {self.r!r}")
+        if self.dequantized_cache and not self.method.startswith("qlora-"):
+            raise ValueError(f"dequantized_cache is of no use to method={self.method!r}, which quantizes nothing")
 
     @property
     def dtype(self) -> torch.dtype:

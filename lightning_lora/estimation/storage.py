@@ -101,7 +101,7 @@ class Sized(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., I)`` to ``(..., O)``."""
-        return F.linear(x, self.dequantize(x.dtype), self.bias)
+        return F.linear(x, self.matrix(x.dtype), self.bias)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return a new tensor of shape ``(O, I)``."""

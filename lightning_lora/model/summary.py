@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lightning_lora.model.dequantized import kept_bytes
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.base import QuantizedLinear, stored_weight
@@ -22,7 +23,8 @@ class LayerSummary:
         shape: ``(O, I)``.
         storage: How the base weight is stored: a dtype, or ``nf4 ...``.
         trainable: Number of trained parameters in it.
-        base_bytes: Bytes of the base weight, its bias and their constants as stored.
+        base_bytes: Bytes of the base weight, its bias and their constants as stored, and of the weight that is kept
+            dequantized if it is.
         adapter_bytes: Bytes of all its adapters.
     """
 
@@ -43,7 +45,7 @@ class Summary:
         layers: The adapted layers, in the model's order.
         trainable: Parameters that are trained.
         total: All parameters, adapters included.
-        model_bytes: Bytes of all parameters and buffers as stored.
+        model_bytes: Bytes of all parameters and buffers as stored, and of weights that are kept dequantized.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -97,7 +99,7 @@ def summary(model: nn.Module) -> Summary:
         layers=tuple(_layer(name, layer) for name, layer in adapted_layers(model).items()),
         trainable=trainable,
         total=total,
-        model_bytes=_bytes(_tensors(model)),
+        model_bytes=_bytes(_tensors(model)) + kept_bytes(model),
     )
 
 
@@ -111,7 +113,7 @@ def _layer(name: str, layer: AdaptedLayer) -> LayerSummary:
         if isinstance(base, QuantizedLinear)
         else str(stored_weight(base).dtype).removeprefix("torch."),
         trainable=sum(p.numel() for p in layer.parameters() if p.requires_grad),
-        base_bytes=_bytes(_tensors(base)),
+        base_bytes=_bytes(_tensors(base)) + kept_bytes(base),
         adapter_bytes=_bytes(_tensors(layer.adapters)),
     )
 

@@ -10,12 +10,15 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lightning_lora.nn.fingerprint import Fingerprint, is_held, sample, sha256
 from lightning_lora.nn.kind import Kind
+from lightning_lora.nn.room import Room
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,16 @@ class QuantizedLinear(nn.Module, ABC):
         out_features: ``O``.
         bias: Parameter of shape ``(O,)`` or None.
         origin: What the weight was made from, or None where that was never seen. Copies and pickles take it along.
+        room: Where the dequantized weight may be kept from one product to the next, or None.
+        kept: The dequantized weight that is kept now, in what the layer computes in, or None.
     """
 
     in_features: int
     out_features: int
     bias: nn.Parameter | None
     origin: Origin | None = None
+    room: Room | None = None
+    kept: Tensor | None = None  # no buffer: averages of a model and its copies go through all buffers in pairs
 
     @property
     @abstractmethod
@@ -77,6 +84,44 @@ class QuantizedLinear(nn.Module, ABC):
     @abstractmethod
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return ``W`` of shape ``(O, I)`` in ``dtype``: exactly the weight that :meth:`forward` multiplies with."""
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """Return what :meth:`dequantize` does, not to be written to: the same tensor each time where there is room.
+
+        What is kept is one dtype, that of the last call.
+        """
+        if self.kept is not None and self.kept.dtype == dtype:
+            return self.kept
+        weight = self.dequantize(dtype)
+        # A graph could not fill it, and what inference mode makes cannot be trained with.
+        if self.room is not None and not torch.compiler.is_compiling() and not weight.is_inference():
+            self._keep(weight, self.room)
+        return weight
+
+    def keep_in(self, room: Room | None) -> None:
+        """Keep the dequantized weight from the next product on, as long as there is room; None keeps it no more."""
+        self._forget()
+        self.room = room
+
+    def _keep(self, weight: Tensor, room: Room) -> None:
+        self._forget()
+        if room.take(weight.nbytes):
+            self.kept = weight
+
+    def _forget(self) -> None:
+        if self.kept is not None and self.room is not None:
+            self.room.give_back(self.kept.nbytes)
+        self.kept = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the module; what was kept is dequantized again where and in what it then computes."""
+        self._forget()
+        return super()._apply(*args, **kwargs)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Load codes, which are another weight."""
+        self._forget()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def remember(self, weight: Fingerprint) -> None:
         """Keep the fingerprint of the dense weight that this layer was made from."""
