@@ -34,12 +34,6 @@ def dequantize_nf4(packed: Packed, shape: Sequence[int], dtype: torch.dtype) -> 
     return weight
 
 
-def dequantize_nf4_into(packed: Packed, out: Tensor) -> Tensor:
-    """Write the weight into ``out``, a contiguous buffer of its shape, and return that: for buffers used over again."""
-    torch.ops.lightning_lora.dequantize_nf4.out(*packed, out=out)
-    return out
-
-
 def dequantize_nf4_plus(
     packed: Packed, shape: Sequence[int], dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
@@ -74,7 +68,6 @@ _PACKED = "Tensor codes, Tensor absmax, Tensor nested_absmax, Tensor offset, int
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 # By schema and not by torch.library.custom_op, whose every call costs several microseconds of Python more.
 _LIBRARY.define(f"dequantize_nf4({_PACKED}, SymInt[] shape, ScalarType dtype) -> Tensor", tags=_TAGS)
-_LIBRARY.define(f"dequantize_nf4.out({_PACKED}, *, Tensor(a!) out) -> ()", tags=_TAGS)
 _LIBRARY.define(
     f"dequantize_nf4_plus({_PACKED}, SymInt[] shape, ScalarType dtype, Tensor lora_A, Tensor lora_B, float scaling) "
     "-> Tensor",
@@ -106,20 +99,6 @@ def _dequantize(
     return out
 
 
-@torch.library.impl(_LIBRARY, "dequantize_nf4.out", "CPU")
-@torch.library.impl(_LIBRARY, "dequantize_nf4.out", "CUDA")
-def _dequantize_into(
-    codes: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, block_size: int, *, out: Tensor
-) -> None:
-    packed = Packed(codes, absmax, nested_absmax, offset, block_size).as_floats()
-    packed.check(out.shape, out.dtype)
-    kernels = triton_kernels(packed, out.dtype)
-    if kernels is None or not out.is_contiguous():
-        out.copy_(four_bits.dequantize(packed, out.shape, out.dtype, "nf4"))
-    else:
-        kernels.dequantize(packed, out)
-
-
 @torch.library.register_fake("lightning_lora::dequantize_nf4", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _dequantize_fake(
     codes: Tensor,
@@ -132,13 +111,6 @@ def _dequantize_fake(
 ) -> Tensor:
     Packed(codes, absmax, nested_absmax, offset, block_size).check(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=codes.device)
-
-
-@torch.library.register_fake("lightning_lora::dequantize_nf4.out", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _dequantize_into_fake(
-    codes: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, block_size: int, *, out: Tensor
-) -> None:
-    Packed(codes, absmax, nested_absmax, offset, block_size).check(out.shape, out.dtype)
 
 
 @torch.library.impl(_LIBRARY, "dequantize_nf4_plus", "CPU")

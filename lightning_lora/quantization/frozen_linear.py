@@ -85,11 +85,8 @@ class FrozenLinear(QuantizedLinear, Generic[Config]):
         compute = self.computes_in(dtype)
         bias = None if self.bias is None else self.bias.to(compute)
         with torch.autocast(x.device.type, enabled=False):  # it would override compute_dtype
-            return self._multiply(x.to(compute), bias).to(dtype)
-
-    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = _DequantizedLinear.apply(x, bias, self)  # type: ignore[no-untyped-call]
-        return y
+            y: Tensor = _DequantizedLinear.apply(x.to(compute), bias, self)  # type: ignore[no-untyped-call]
+        return y.to(dtype)
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
         """What the config says, or ``dtype`` where it says nothing."""
