@@ -20,6 +20,8 @@ from lightning_lora.nn.fingerprint import Fingerprint, is_held, sample, sha256
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.room import Room
 
+Updated = Callable[[Tensor, Tensor, float, torch.dtype], Tensor]
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -97,6 +99,10 @@ class QuantizedLinear(nn.Module, ABC):
         if self.room is not None and not torch.compiler.is_compiling() and not weight.is_inference():
             self._keep(weight, self.room)
         return weight
+
+    def updated(self) -> Updated | None:
+        """What gives ``W + s B A``, of ``A``, ``B``, ``s`` and a dtype; None where updates are not to be fused."""
+        return None
 
     def keep_in(self, room: Room | None) -> None:
         """Keep the dequantized weight from the next product on, as long as there is room; None keeps it no more."""

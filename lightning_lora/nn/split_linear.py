@@ -48,11 +48,13 @@ class Frozen:
         matrix: Gives ``W`` of shape ``(O, I)`` in the dtype that is computed in; called in both passes.
         bias: Of shape ``(O,)`` or None. It may be trained.
         weight: The tensor that ``W`` is read from, where there is one: it may not change between the passes.
+        updated: Gives ``W + s B A`` in a dtype where there is to be one product with that, else None.
     """
 
     matrix: Callable[[], Tensor]
     bias: Tensor | None
     weight: Tensor | None = None
+    updated: Callable[[Tensor, Tensor, float, torch.dtype], Tensor] | None = None
 
 
 def adapted_linear(x: Tensor, frozen: Frozen, lora_A: Tensor, lora_B: Tensor, settings: Settings) -> Tensor:
@@ -70,6 +72,9 @@ def adapted_linear(x: Tensor, frozen: Frozen, lora_A: Tensor, lora_B: Tensor, se
     Returns:
         Tensor of shape ``(..., O)``.
     """
+    if frozen.updated is not None and settings.p == 0:
+        fused: Tensor = _Fused.apply(x, lora_A, lora_B, frozen.bias, frozen, settings)  # type: ignore[no-untyped-call]
+        return fused
     u, seed, settings = _dropping(x, settings)
     if not torch.is_grad_enabled():
         down = _narrow(_dropped(u, _kept(u, seed, settings), settings), lora_A, settings.dtype)
@@ -185,6 +190,47 @@ class _Onto(Function):
                 grad_x = _unrolled(grad_x, grad)
             grad_bias = rows.sum(0) if wants[3] else None
         return grad_x, grad_down, grad, grad_bias, None, None, None, None
+
+
+class _Fused(Function):
+    """``y = x (W + s B A)^T + b``: one product, with a weight that is made for each pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        frozen: Frozen,
+        settings: Settings,
+    ) -> Tensor:
+        assert frozen.updated is not None
+        ctx.save_for_backward(x, lora_A, lora_B)
+        ctx.frozen, ctx.settings = frozen, settings
+        weight = frozen.updated(lora_A, lora_B, settings.scaling, settings.dtype)
+        return F.linear(_in(x, settings.dtype), weight, None if bias is None else _in(bias, settings.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """``dx = dy (W + s B A)``, ``dA = s (dy B)^T x``, ``dB = s dy^T (x A^T)``."""
+        x, lora_A, lora_B = ctx.saved_tensors
+        settings, wants, frozen = ctx.settings, ctx.needs_input_grad, ctx.frozen
+        grad_x = grad_A = grad_B = None
+        with _no_autocast(grad):
+            rows, u = _rows(grad), _rows(_in(x, settings.dtype))
+            grad_down = _narrow(rows, lora_B.t(), settings.dtype, settings.scaling)
+            if wants[0] and torch.is_grad_enabled():  # the kernel has no derivative
+                grad_x = _unrolled(rows @ frozen.matrix() + grad_down @ _in(lora_A, settings.dtype), grad)
+            elif wants[0]:
+                grad_x = _unrolled(rows @ frozen.updated(lora_A, lora_B, settings.scaling, settings.dtype), grad)
+            if wants[1]:
+                grad_A = grad_down.t() @ u
+            if wants[2]:
+                down = _narrow(u, lora_A, settings.dtype)
+                grad_B = _scaled_product(down.t(), rows, settings.scaling).t()
+            grad_bias = rows.sum(0) if wants[3] else None
+        return grad_x, grad_A, grad_B, grad_bias, None, None
 
 
 def _dropping(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor | None, Settings]:
