@@ -66,7 +66,14 @@ def check_trainer(trainer: Trainer, lora: Callback) -> None:
                 raise UnsupportedError(f"{type(other).__name__} {reason}. Drop one of the two callbacks")
 
 
-def check_sharding(strategy: ModelParallelStrategy, *, merge: bool, output_dir: object, swapped: bool) -> None:
+def check_sharding(
+    strategy: ModelParallelStrategy,
+    *,
+    merge: bool,
+    output_dir: object,
+    swapped: bool,
+    dequantized_cache: int | None = None,
+) -> None:
     """Refuse settings that need the whole model in one process, which sharding avoids.
 
     Raises:
@@ -76,6 +83,7 @@ def check_sharding(strategy: ModelParallelStrategy, *, merge: bool, output_dir: 
         "LoRACallback(merge=False)": merge,
         "LoRACallback(output_dir=None)": output_dir is not None,
         "LoRACallback(optimizer=None)": swapped,
+        "LoRACallback(dequantized_cache=None)": dequantized_cache is not None,
         "ModelParallelStrategy(save_distributed_checkpoint=False)": strategy._save_distributed_checkpoint,
     }
     change = [setting for setting, needed in wanted.items() if needed]

@@ -49,13 +49,14 @@ from lightning_lora.callbacks.settings import (
 from lightning_lora.callbacks.sharded import full_state, load_sharded
 from lightning_lora.callbacks.wraps import Undo, substitute, wrap
 from lightning_lora.errors import AdapterError, OptimizerError, listing
-from lightning_lora.estimation.budget import parse_size
 from lightning_lora.estimation.setup import Setup
 from lightning_lora.io.adapter_folder import check_savable, save_adapter
 from lightning_lora.io.description import KEY, VERSION
 from lightning_lora.io.export import write_model
 from lightning_lora.io.keys import canonical
+from lightning_lora.model.dequantized import forget_dequantized, keep_dequantized
 from lightning_lora.model.layers import adapted_layers
+from lightning_lora.model.sizes import parse_size
 from lightning_lora.model.targets import ALL_LINEAR, as_patterns
 from lightning_lora.nn.adapter import AdapterConfig
 from lightning_lora.optim.badam import BAdam
@@ -113,6 +114,8 @@ class LoRACallback(CopiedAsSet):
         activation_checkpointing: Names or globs of modules (``"layers"``) whose activations are recomputed in the
             backward pass instead of kept; ``"auto"`` recomputes the repeated blocks of a model on a GPU if they would
             not fit; ``"planned"`` what ``memory`` asks for, and without it none; None keeps all.
+        dequantized_cache: Memory for weights that stay dequantized while training, instead of being dequantized for
+            each product: ``"4GB"`` (10^9 bytes each) or ``"4GiB"``. Results are the same to the bit; None keeps none.
         eva_batches: How many training batches ``init="eva"`` runs at most; fewer, once its directions have settled.
         on_save_error: What to do when a checkpoint cannot be written (a full disk): ``"raise"``, or ``"warn"`` and go
             on training; the last good checkpoint stays in either case.
@@ -148,6 +151,7 @@ class LoRACallback(CopiedAsSet):
         output_dir: str | Path | None = None,
         adapter: str | Path | None = None,
         activation_checkpointing: str | Iterable[str] | None = PLANNED,
+        dequantized_cache: str | None = None,
         eva_batches: int = EVA_BATCHES,
         on_save_error: str = "raise",
         memory: str | None = None,
@@ -182,6 +186,12 @@ class LoRACallback(CopiedAsSet):
             if activation_checkpointing in (None, AUTO, PLANNED)
             else as_patterns(activation_checkpointing, "activation_checkpointing")
         )
+        self.dequantized_cache = None if dequantized_cache is None else parse_size(dequantized_cache)
+        if self.dequantized_cache is not None and method in BASELINES:
+            raise ValueError(
+                f"method={method!r} quantizes nothing, so dequantized_cache={dequantized_cache!r} has nothing to keep; "
+                "drop it"
+            )
         self.on_save_error = on_save_error
         self.memory = None if memory is None else parse_size(memory)
         self._asked = Asked(
@@ -248,6 +258,9 @@ class LoRACallback(CopiedAsSet):
         if self.activation_checkpointing not in (None, PLANNED):
             device = trainer.strategy.root_device
             self._undo += checkpoint_blocks(pl_module, self.activation_checkpointing, device)
+        if self.dequantized_cache is not None:
+            keep_dequantized(pl_module, self.dequantized_cache)
+            self._undo.append(partial(forget_dequantized, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give a resumed run the rest of its state, and keep running statistics of frozen norms: the base stays."""
@@ -356,6 +369,7 @@ class LoRACallback(CopiedAsSet):
             merge=self.merge and self.settings.has_adapters,
             output_dir=self.output_dir,
             swapped=self.swap is not None,
+            dequantized_cache=self.dequantized_cache,
         )
         self._undo += [
             substitute(strategy, "lightning_module_state_dict", partial(full_state, module)),
@@ -454,6 +468,7 @@ class LoRACallback(CopiedAsSet):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         finetune, folder = FINETUNES[module], self.output_dir
+        forget_dequantized(module)  # merging needs memory itself
         if folder is not None and trainer.is_global_zero:
             with told(folder, self.on_save_error):
                 self._write(network(module), finetune, Path(folder))

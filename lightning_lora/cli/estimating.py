@@ -15,12 +15,13 @@ from torch import nn
 
 from lightning_lora.cli import console
 from lightning_lora.errors import LoRAError, UnsupportedError
-from lightning_lora.estimation.budget import Fit, fit, parse_size
+from lightning_lora.estimation.budget import Fit, fit
 from lightning_lora.estimation.estimate import Estimate
 from lightning_lora.estimation.estimate import estimate as estimate_of
 from lightning_lora.estimation.replay import PARTS
 from lightning_lora.estimation.rules import rule_of_thumb
 from lightning_lora.estimation.setup import BLOCKS, Setup
+from lightning_lora.model.sizes import parse_size
 
 Batch = Callable[[int, int], Any]
 """From sequences and tokens to a batch on the meta device."""

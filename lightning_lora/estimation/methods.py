@@ -10,6 +10,7 @@ from torch import nn
 from lightning_lora.errors import TargetError, listing
 from lightning_lora.estimation.setup import Setup
 from lightning_lora.model.blocks import repeated_blocks
+from lightning_lora.model.dequantized import keep_dequantized
 from lightning_lora.model.inject import apply
 from lightning_lora.model.targets import resolve, resolve_train
 from lightning_lora.optim.badam import BAdam, blocks_of
@@ -66,6 +67,7 @@ def _adapt(model: nn.Module, setup: Setup) -> list[str]:
     notes = _note("left as they are", plan.left)
     if setup.storage is not None:
         notes += _note("adapted and not quantized", quantize_blank(model, setup.storage, torch.device(setup.device)))
+        keep_dequantized(model, setup.dequantized_cache)
     start_blank(model)
     return notes
 

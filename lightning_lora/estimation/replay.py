@@ -16,6 +16,7 @@ from lightning_lora.estimation.ledger import Ledger
 from lightning_lora.estimation.methods import trained_parameters
 from lightning_lora.estimation.setup import BLOCKS, Setup
 from lightning_lora.model.blocks import named_blocks, repeated_blocks
+from lightning_lora.model.dequantized import kept_weights
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.targets import output_heads
 
@@ -96,6 +97,8 @@ def replay(model: nn.Module, batch: Any, step: Step, setup: Setup, state: int, w
         seen = _watch_head(ledger, model, hooks)
         with torch.autocast("cpu", setup.dtype, enabled=setup.is_mixed):
             loss = step(model, batch)
+        for weight in kept_weights(model):
+            ledger.hold(weight, "base")
         for parameter in trained:
             parameter.grad = None
         if not seen:

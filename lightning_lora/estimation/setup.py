@@ -69,6 +69,7 @@ class Setup:
             :class:`~lightning_lora.BAdam`.
         device: ``"cuda"`` or ``"cpu"``: how the optimizer updates, and what can be quantized, depends on it.
         activation_checkpointing: None, ``"blocks"`` (those the model repeats), or patterns of modules.
+        dequantized_cache: Bytes of weights that stay dequantized; with ``qlora-`` methods alone.
 
     Raises:
         ValueError: If a value is none of the choices, or of no use for the method.
@@ -86,6 +87,7 @@ class Setup:
     optimizer: str | GaLore | BAdam = "paged_adamw_8bit"
     device: str = "cuda"
     activation_checkpointing: str | tuple[str, ...] | None = None
+    dequantized_cache: int = 0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -102,6 +104,8 @@ class Setup:
             raise ValueError(f"method={self.method!r} quantizes nothing; drop quantization={self.quantization!r}")
         if self.method != "full" and not isinstance(self.optimizer, str):
             raise ValueError(f"optimizer={self.optimizer!r} is for method='full', and this is {self.method!r}")
+        if self.dequantized_cache and self.storage is None:
+            raise ValueError(f"dequantized_cache is of no use to method={self.method!r}, which quantizes nothing")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,13 +8,13 @@ constants are integers, so there is nothing to differentiate, and the operator h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lora.kernels import four_bits
 from lightning_lora.kernels.choice import triton_kernels
+from lightning_lora.kernels.operators import define
 from lightning_lora.kernels.packed import Packed
 
 
@@ -32,12 +32,6 @@ def dequantize_nf4(packed: Packed, shape: Sequence[int], dtype: torch.dtype) -> 
     """
     weight: Tensor = _DEQUANTIZE(*packed, shape, dtype)
     return weight
-
-
-def dequantize_nf4_into(packed: Packed, out: Tensor) -> Tensor:
-    """Write the weight into ``out``, a contiguous buffer of its shape, and return that: for buffers used over again."""
-    torch.ops.lightning_lora.dequantize_nf4.out(*packed, out=out)
-    return out
 
 
 def dequantize_nf4_plus(
@@ -63,129 +57,35 @@ def dequantize_nf4_plus(
     Raises:
         RuntimeError: If sizes or dtypes do not fit together.
     """
-    weight: Tensor = torch.ops.lightning_lora.dequantize_nf4_plus.default(
-        *packed, shape, dtype, lora_A, lora_B, scaling
-    )
+    weight: Tensor = _DEQUANTIZE_PLUS(*packed, shape, dtype, lora_A, lora_B, scaling)
     return weight
 
 
-_LIBRARY: Any = torch.library.Library("lightning_lora", "FRAGMENT")  # type: ignore[no-untyped-call]
-_PACKED = "Tensor codes, Tensor absmax, Tensor nested_absmax, Tensor offset, int block_size"
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-# By schema and not by torch.library.custom_op, whose every call costs several microseconds of Python more.
-_LIBRARY.define(f"dequantize_nf4({_PACKED}, SymInt[] shape, ScalarType dtype) -> Tensor", tags=_TAGS)
-_LIBRARY.define(f"dequantize_nf4.out({_PACKED}, *, Tensor(a!) out) -> ()", tags=_TAGS)
-_LIBRARY.define(
-    f"dequantize_nf4_plus({_PACKED}, SymInt[] shape, ScalarType dtype, Tensor lora_A, Tensor lora_B, float scaling) "
-    "-> Tensor",
-    tags=_TAGS,
-)
-
-
-_DEQUANTIZE = torch.ops.lightning_lora.dequantize_nf4.default
-
-
-@torch.library.impl(_LIBRARY, "dequantize_nf4", "CPU")
-@torch.library.impl(_LIBRARY, "dequantize_nf4", "CUDA")
-def _dequantize(
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    packed = Packed(codes, absmax, nested_absmax, offset, block_size).as_floats()
-    packed.check(shape, dtype)
+def _dequantize(packed: Packed, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     kernels = triton_kernels(packed, dtype)
     if kernels is None:
         return four_bits.dequantize(packed, shape, dtype, "nf4")
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    out = torch.empty(shape, dtype=dtype, device=packed.codes.device)
     kernels.dequantize(packed, out)
     return out
 
 
-@torch.library.impl(_LIBRARY, "dequantize_nf4.out", "CPU")
-@torch.library.impl(_LIBRARY, "dequantize_nf4.out", "CUDA")
-def _dequantize_into(
-    codes: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, block_size: int, *, out: Tensor
-) -> None:
-    packed = Packed(codes, absmax, nested_absmax, offset, block_size).as_floats()
-    packed.check(out.shape, out.dtype)
-    kernels = triton_kernels(packed, out.dtype)
-    if kernels is None or not out.is_contiguous():
-        out.copy_(four_bits.dequantize(packed, out.shape, out.dtype, "nf4"))
-    else:
-        kernels.dequantize(packed, out)
-
-
-@torch.library.register_fake("lightning_lora::dequantize_nf4", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _dequantize_fake(
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    Packed(codes, absmax, nested_absmax, offset, block_size).check(shape, dtype)
-    return torch.empty(shape, dtype=dtype, device=codes.device)
-
-
-@torch.library.register_fake("lightning_lora::dequantize_nf4.out", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _dequantize_into_fake(
-    codes: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, block_size: int, *, out: Tensor
-) -> None:
-    Packed(codes, absmax, nested_absmax, offset, block_size).check(out.shape, out.dtype)
-
-
-@torch.library.impl(_LIBRARY, "dequantize_nf4_plus", "CPU")
-@torch.library.impl(_LIBRARY, "dequantize_nf4_plus", "CUDA")
 def _dequantize_plus(
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
+    packed: Packed, shape: Sequence[int], dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
-    packed = Packed(codes, absmax, nested_absmax, offset, block_size).as_floats()
-    packed.check(shape, dtype)
-    _check_factors(shape, lora_A, lora_B)
     kernels = triton_kernels(packed, dtype) if shape[1] % 2 == 0 else None  # its rows are whole bytes
     if kernels is None:
         weight = four_bits.dequantize(packed, shape, torch.float32, "nf4")
         return weight.addmm_(lora_B.float(), lora_A.float(), alpha=scaling).to(dtype)
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    out = torch.empty(shape, dtype=dtype, device=packed.codes.device)
     kernels.dequantize_plus(packed, out, lora_A.contiguous(), lora_B.contiguous(), scaling)
     return out
 
 
-@torch.library.register_fake("lightning_lora::dequantize_nf4_plus", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _dequantize_plus_fake(
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    block_size: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-) -> Tensor:
-    Packed(codes, absmax, nested_absmax, offset, block_size).check(shape, dtype)
-    _check_factors(shape, lora_A, lora_B)
-    return torch.empty(shape, dtype=dtype, device=codes.device)
-
-
-def _check_factors(shape: Sequence[int], lora_A: Tensor, lora_B: Tensor) -> None:
+def _check_plus(
+    packed: Packed, shape: Sequence[int], dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> None:
+    packed.check(shape, dtype)
     found = (tuple(lora_B.shape), tuple(lora_A.shape), lora_B.dtype)
     expected = ((shape[0], lora_A.shape[0]), (lora_A.shape[0], shape[1]), lora_A.dtype)
     if found != expected:
@@ -193,3 +93,12 @@ def _check_factors(shape: Sequence[int], lora_A: Tensor, lora_B: Tensor) -> None
             f"the update of a weight of shape {tuple(shape)} has factors (O, R) and (R, I) of one dtype; got "
             f"{tuple(lora_B.shape)} in {lora_B.dtype} and {tuple(lora_A.shape)} in {lora_A.dtype}"
         )
+
+
+_DEQUANTIZE = define("dequantize_nf4", "SymInt[] shape, ScalarType dtype", _dequantize, Packed.check)
+_DEQUANTIZE_PLUS = define(
+    "dequantize_nf4_plus",
+    "SymInt[] shape, ScalarType dtype, Tensor lora_A, Tensor lora_B, float scaling",
+    _dequantize_plus,
+    _check_plus,
+)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torchmetrics import Metric
 
+from lightning_lora.model.dequantized import kept_bytes
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.tensors import size_in_bytes, tensors
 
@@ -75,7 +76,7 @@ class Holdings:
     """Bytes that a model in training holds from step to step.
 
     Attributes:
-        base: Frozen parameters and buffers, quantized ones as stored.
+        base: Frozen parameters and buffers, quantized ones as stored, and weights that are kept dequantized.
         adapters: All adapters.
         trained: Parameters trained along with them.
         gradients: Gradients that are there now.
@@ -104,7 +105,7 @@ def holdings(model: nn.Module, states: Iterable[Tensor] = ()) -> Holdings:
     others = {id(t): t for t in tensors(model) if id(t) not in adapters}
     trained = {key: t for key, t in others.items() if t.requires_grad}
     return Holdings(
-        base=size_in_bytes(t for key, t in others.items() if key not in trained),
+        base=size_in_bytes(t for key, t in others.items() if key not in trained) + kept_bytes(model),
         adapters=size_in_bytes(adapters.values()),
         trained=size_in_bytes(trained.values()),
         gradients=size_in_bytes(p.grad for p in model.parameters() if p.grad is not None),

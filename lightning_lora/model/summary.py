@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_lora.model.dequantized import kept_bytes
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.split import hosts
 from lightning_lora.model.tensors import size_in_bytes, tensors
@@ -23,7 +24,8 @@ class LayerSummary:
         shape: ``(O, I)``.
         storage: How the base weight is stored: a dtype, or ``nf4 ...``.
         trainable: Number of trained parameters in it.
-        base_bytes: Bytes of the base weight, its bias and their constants as stored.
+        base_bytes: Bytes of the base weight, its bias and their constants as stored, and of the weight that is kept
+            dequantized if it is.
         adapter_bytes: Bytes of all its adapters.
     """
 
@@ -45,7 +47,7 @@ class Summary:
         unadapted: Embeddings and output heads that are quantized and have no adapter.
         trainable: Parameters that are trained.
         total: All parameters, adapters included.
-        model_bytes: Bytes of all parameters and buffers as stored.
+        model_bytes: Bytes of all parameters and buffers as stored, and of weights that are kept dequantized.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -100,7 +102,7 @@ def summary(model: nn.Module) -> Summary:
         layers=tuple(_layer(name, layer) for name, layer in adapted_layers(model).items()),
         trainable=trainable,
         total=total,
-        model_bytes=size_in_bytes(tensors(model)),
+        model_bytes=size_in_bytes(tensors(model)) + kept_bytes(model),
         unadapted=tuple(_bare(name, host) for name, host in hosts(model).items() if isinstance(host, QuantizedLinear)),
     )
 
@@ -115,7 +117,7 @@ def _layer(name: str, layer: AdaptedLayer) -> LayerSummary:
         if isinstance(base, QuantizedLinear)
         else str(stored_weight(base).dtype).removeprefix("torch."),
         trainable=sum(p.numel() for p in layer.parameters() if p.requires_grad),
-        base_bytes=size_in_bytes(tensors(base)),
+        base_bytes=size_in_bytes(tensors(base)) + kept_bytes(base),
         adapter_bytes=size_in_bytes(tensors(layer.adapters)),
     )
 

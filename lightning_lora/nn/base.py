@@ -10,13 +10,18 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lightning_lora.nn.fingerprint import Fingerprint, is_held, sample, sha256
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.pieces import pieces_of
+from lightning_lora.nn.room import Room
+
+Updated = Callable[[Tensor, Tensor, float, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class QuantizedLinear(nn.Module, ABC):
         origin: What the weight was made from, or None where that was never seen. Copies and pickles take it along.
         edge: Whether it is an embedding or output head that was quantized for its own sake: it may stand without an
             adapter, and a merge makes it dense again like those that have one.
+        room: Where the dequantized weight may be kept from one product to the next, or None.
+        kept: The dequantized weight that is kept now, in what the layer computes in, or None.
     """
 
     in_features: int
@@ -49,6 +56,8 @@ class QuantizedLinear(nn.Module, ABC):
     bias: nn.Parameter | None
     origin: Origin | None = None
     edge: bool = False
+    room: Room | None = None
+    kept: Tensor | None = None  # no buffer: averages of a model and its copies go through all buffers in pairs
 
     @property
     @abstractmethod
@@ -85,6 +94,48 @@ class QuantizedLinear(nn.Module, ABC):
     def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield the rows of :meth:`dequantize` in order, a few at a time, without the whole of it where that can be."""
         yield from pieces_of(self.dequantize(dtype), dtype)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """Return what :meth:`dequantize` does, not to be written to: the same tensor each time where there is room.
+
+        What is kept is one dtype, that of the last call.
+        """
+        if self.kept is not None and self.kept.dtype == dtype:
+            return self.kept
+        weight = self.dequantize(dtype)
+        # A graph could not fill it, and what inference mode makes cannot be trained with.
+        if self.room is not None and not torch.compiler.is_compiling() and not weight.is_inference():
+            self._keep(weight, self.room)
+        return weight
+
+    def updated(self) -> Updated | None:
+        """What gives ``W + s B A``, of ``A``, ``B``, ``s`` and a dtype; None where updates are not to be fused."""
+        return None
+
+    def keep_in(self, room: Room | None) -> None:
+        """Keep the dequantized weight from the next product on, as long as there is room; None keeps it no more."""
+        self._forget()
+        self.room = room
+
+    def _keep(self, weight: Tensor, room: Room) -> None:
+        self._forget()
+        if room.take(weight.nbytes):
+            self.kept = weight
+
+    def _forget(self) -> None:
+        if self.kept is not None and self.room is not None:
+            self.room.give_back(self.kept.nbytes)
+        self.kept = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the module; what was kept is dequantized again where and in what it then computes."""
+        self._forget()
+        return super()._apply(*args, **kwargs)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Load codes, which are another weight."""
+        self._forget()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def remember(self, weight: Fingerprint) -> None:
         """Keep the fingerprint of the dense weight that this layer was made from."""

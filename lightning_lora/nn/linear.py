@@ -61,7 +61,7 @@ class LinearKind(Kind):
         if isinstance(base_layer, QuantizedLinear):
             if base_layer.computes_in(dtype) != dtype:
                 return None
-            return Frozen(partial(base_layer.dequantize, dtype), base_layer.bias)
+            return Frozen(partial(base_layer.matrix, dtype), base_layer.bias, updated=base_layer.updated())
         weight = stored_weight(base_layer)
         if not is_plain_and_frozen(weight, dtype):
             return None

@@ -48,11 +48,13 @@ class Frozen:
         matrix: Gives ``W`` of shape ``(O, I)`` in the dtype that is computed in; called in both passes.
         bias: Of shape ``(O,)`` or None. It may be trained.
         weight: The tensor that ``W`` is read from, where there is one: it may not change between the passes.
+        updated: Gives ``W + s B A`` in a dtype where there is to be one product with that, else None.
     """
 
     matrix: Callable[[], Tensor]
     bias: Tensor | None
     weight: Tensor | None = None
+    updated: Callable[[Tensor, Tensor, float, torch.dtype], Tensor] | None = None
 
 
 def adapted_linear(x: Tensor, frozen: Frozen, lora_A: Tensor, lora_B: Tensor, settings: Settings) -> Tensor:
@@ -70,9 +72,12 @@ def adapted_linear(x: Tensor, frozen: Frozen, lora_A: Tensor, lora_B: Tensor, se
     Returns:
         Tensor of shape ``(..., O)``.
     """
+    if frozen.updated is not None and settings.p == 0:
+        fused: Tensor = _Fused.apply(x, lora_A, lora_B, frozen.bias, frozen, settings)  # type: ignore[no-untyped-call]
+        return fused
     u, seed, settings = _dropping(x, settings)
     if not torch.is_grad_enabled():
-        down = F.linear(_dropped(u, seed, settings), _in(lora_A, settings.dtype))
+        down = _narrow(_dropped(u, _kept(u, seed, settings), settings), lora_A, settings.dtype)
         return _onto(x, down, frozen, lora_B, settings)
     down, update = _Down.apply(u, seed, lora_A, lora_B, settings)  # type: ignore[no-untyped-call]
     y: Tensor = _Onto.apply(x, down, update, frozen.bias, frozen, lora_A, lora_B, settings)  # type: ignore[no-untyped-call]
@@ -122,7 +127,7 @@ class _Down(Function):
     def forward(
         ctx: Any, x: Tensor, seed: Tensor | None, lora_A: Tensor, lora_B: Tensor, settings: Settings
     ) -> tuple[Tensor, Tensor]:
-        down = F.linear(_dropped(x, seed, settings), _in(lora_A, settings.dtype))
+        down = _narrow(_dropped(x, _kept(x, seed, settings), settings), lora_A, settings.dtype)
         ctx.save_for_backward(x, seed, down)
         ctx.lora_A, ctx.settings = lora_A, settings
         shape = (*x.shape[:-1], lora_B.shape[0])
@@ -136,15 +141,15 @@ class _Down(Function):
         grad_x = grad_A = grad_B = None
         with _no_autocast(grad):
             kept = _kept(x, seed, settings)
-            u = _in(x, settings.dtype) if kept is None else _in(x, settings.dtype) * kept
-            if torch.is_grad_enabled():
-                down = F.linear(u, _in(ctx.lora_A, settings.dtype))  # what was kept knows nothing of x
             if wants[0] and settings.p > 0:
                 grad_x = grad_down @ _in(ctx.lora_A, settings.dtype)
                 grad_x = grad_x if kept is None else grad_x.mul_(kept)
+            u = _dropped(x, kept, settings)
+            if torch.is_grad_enabled():
+                down = _narrow(u, ctx.lora_A, settings.dtype)  # what was kept knows nothing of x
             if wants[2]:
                 grad_A = _rows(grad_down).t() @ _rows(u)
-            if wants[3]:  # one product of few rows is faster than one of few columns
+            if wants[3]:
                 grad_B = _scaled_product(_rows(down).t(), _rows(grad), settings.scaling).t()
         return grad_x, None, grad_A, grad_B, None
 
@@ -177,14 +182,55 @@ class _Onto(Function):
         grad_x = None
         with _no_autocast(grad):
             rows = _rows(grad)
-            grad_down = _scaled_product(rows, _in(lora_B, settings.dtype), settings.scaling)
+            grad_down = _narrow(grad, lora_B.t(), settings.dtype, settings.scaling)
             if wants[0]:
                 grad_x = rows @ ctx.frozen.matrix()
                 if settings.p == 0:
-                    grad_x.addmm_(grad_down, _in(lora_A, settings.dtype))
+                    grad_x.addmm_(_rows(grad_down), _in(lora_A, settings.dtype))
                 grad_x = _unrolled(grad_x, grad)
             grad_bias = rows.sum(0) if wants[3] else None
-        return grad_x, _unrolled(grad_down, grad), grad, grad_bias, None, None, None, None
+        return grad_x, grad_down, grad, grad_bias, None, None, None, None
+
+
+class _Fused(Function):
+    """``y = x (W + s B A)^T + b``: one product, with a weight that is made for each pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        frozen: Frozen,
+        settings: Settings,
+    ) -> Tensor:
+        assert frozen.updated is not None
+        ctx.save_for_backward(x, lora_A, lora_B)
+        ctx.frozen, ctx.settings = frozen, settings
+        weight = frozen.updated(lora_A, lora_B, settings.scaling, settings.dtype)
+        return F.linear(_in(x, settings.dtype), weight, None if bias is None else _in(bias, settings.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """``dx = dy (W + s B A)``, ``dA = s (dy B)^T x``, ``dB = s dy^T (x A^T)``."""
+        x, lora_A, lora_B = ctx.saved_tensors
+        settings, wants, frozen = ctx.settings, ctx.needs_input_grad, ctx.frozen
+        grad_x = grad_A = grad_B = None
+        with _no_autocast(grad):
+            rows, u = _rows(grad), _rows(_in(x, settings.dtype))
+            grad_down = _narrow(rows, lora_B.t(), settings.dtype, settings.scaling)
+            if wants[0] and torch.is_grad_enabled():  # the kernel has no derivative
+                grad_x = _unrolled(rows @ frozen.matrix() + grad_down @ _in(lora_A, settings.dtype), grad)
+            elif wants[0]:
+                grad_x = _unrolled(rows @ frozen.updated(lora_A, lora_B, settings.scaling, settings.dtype), grad)
+            if wants[1]:
+                grad_A = grad_down.t() @ u
+            if wants[2]:
+                down = _narrow(u, lora_A, settings.dtype)
+                grad_B = _scaled_product(down.t(), rows, settings.scaling).t()
+            grad_bias = rows.sum(0) if wants[3] else None
+        return grad_x, grad_A, grad_B, grad_bias, None, None
 
 
 def _dropping(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor | None, Settings]:
@@ -204,10 +250,12 @@ def _onto(x: Tensor, down: Tensor, frozen: Frozen, lora_B: Tensor, settings: Set
     return _unrolled(y, x)
 
 
-def _dropped(x: Tensor, seed: Tensor | None, settings: Settings) -> Tensor:
-    kept = _kept(x, seed, settings)
+def _dropped(x: Tensor, kept: Tensor | None, settings: Settings) -> Tensor:
+    """What a mask keeps of ``x``, in the mask's place unless a graph needs both."""
     x = _in(x, settings.dtype)
-    return x if kept is None else x * kept
+    if kept is None:
+        return x
+    return x * kept if torch.is_grad_enabled() else kept.mul_(x)
 
 
 def _kept(x: Tensor, seed: Tensor | None, settings: Settings) -> Tensor | None:
@@ -227,8 +275,19 @@ def _unrolled(rows: Tensor, like: Tensor) -> Tensor:
     return rows if like.dim() == 2 else rows.view(*like.shape[:-1], rows.shape[-1])
 
 
+def _narrow(x: Tensor, factor: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
+    """``s x F^T`` of shape ``(..., R)`` for a factor of shape ``(R, I)``, laid out column by column.
+
+    A product with few rows is faster than one with few columns (on CPUs in bfloat16 by 1.7), and what is multiplied
+    with its result, transposed or not, reads whole columns of that.
+    """
+    return _unrolled(_scaled_product(_in(factor, dtype), _rows(x).t(), scaling).t(), x)
+
+
 def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``s a b`` in one operation: with ``beta=0`` what is added to is not read."""
+    if scaling == 1:
+        return a @ b
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_lora import dependencies
-from lightning_lora.kernels import few_tokens
 from lightning_lora.quantization.codebook import CodebookLinear
 from lightning_lora.quantization.config import CodebookConfig
 
@@ -44,8 +43,3 @@ class FourBitLinear(CodebookLinear):
         functional = dependencies.bitsandbytes(config.name.upper()).functional
         codes, state = functional.quantize_4bit(flat, blocksize=config.block_size, quant_type=config.name)
         return codes, state.absmax
-
-    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if few_tokens.are_few(x):
-            return few_tokens.gemm_4bit(x, self.packed, self._shape, bias, self.config.name)
-        return super()._multiply(x, bias)

@@ -1,6 +1,6 @@
 """What every quantized linear layer of ours does alike: it holds packed tensors and multiplies with what they mean.
 
-Packed tensors are ordinary buffers that no cast changes, and the weight is dequantized for each product and never kept.
+Packed tensors are ordinary buffers that no cast changes, and the weight is dequantized for each product.
 How it is packed is the business of one small file for each format.
 """
 
@@ -24,7 +24,7 @@ Config = TypeVar("Config", bound=QuantizationConfig)
 
 
 class FrozenLinear(QuantizedLinear, Generic[Config]):
-    """``y = x deq(W)^T + b``: the weight is dequantized for each product and never kept.
+    """``y = x deq(W)^T + b``: the weight is dequantized for each product, and kept only where there is :attr:`room`.
 
     Constants in ``float32`` are held as ``int32`` bit patterns: a cast of the whole module (``.half()``,
     ``.to(torch.bfloat16)``, Lightning's ``*-true`` precisions) rounds every floating-point tensor, and rounded
@@ -95,11 +95,8 @@ class FrozenLinear(QuantizedLinear, Generic[Config]):
         compute = self.computes_in(dtype)
         bias = None if self.bias is None else self.bias.to(compute)
         with torch.autocast(x.device.type, enabled=False):  # it would override compute_dtype
-            return self._multiply(x.to(compute), bias).to(dtype)
-
-    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = _DequantizedLinear.apply(x, bias, self)  # type: ignore[no-untyped-call]
-        return y
+            y: Tensor = _DequantizedLinear.apply(x.to(compute), bias, self)  # type: ignore[no-untyped-call]
+        return y.to(dtype)
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
         """What the config says, or ``dtype`` where it says nothing."""
@@ -146,11 +143,11 @@ class _DequantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantize(x.dtype), bias)
+        return F.linear(x, layer.matrix(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_needed, bias_needed, _ = ctx.needs_input_grad
-        grad_x = grad @ ctx.layer.dequantize(grad.dtype) if x_needed else None
+        grad_x = grad @ ctx.layer.matrix(grad.dtype) if x_needed else None
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if bias_needed else None
         return grad_x, grad_bias, None

@@ -1,17 +1,11 @@
-"""Time of NF4 dequantization, and of the product that follows it, on a GPU or on the CPU.
+"""Time of NF4 dequantization on a GPU or on the CPU.
 
 Weights are 4096 x 4096 and 11008 x 4096 (Llama-2-7B's) on a GPU, 512 x 512 and 2048 x 2048 on the CPU, quantized
 doubly, to bfloat16. Speed is what has to move (codes, constants, weight) over the time, beside that of a copy:
 
   ours          the operator lightning_lora::dequantize_nf4: one Triton kernel on CUDA, bitsandbytes' two on the CPU
-  into a buffer the same, into memory used over again (on the CPU through a copy: its kernels know no output)
   bitsandbytes  functional.dequantize_4bit: three kernels on CUDA
   copy          one tensor to another
-
-With --device cuda, products with few tokens follow: dequantizing and multiplying beside bitsandbytes' gemm_4bit, which
-reads the codes themselves. From how many tokens on the first is faster decides MOST_TOKENS in
-lightning_lora/kernels/few_tokens.py. gemm_4bit rounds in another place, so its largest difference from float64 is shown
-beside ours: a layer may take it only where that is no worse.
 
 On the CPU nothing is claimed: the kernels are bitsandbytes', and the operator adds some 10 us of Python to each call.
 
@@ -29,24 +23,16 @@ from report import Cell, Claim, Report, command, parser
 from timing import interleaved
 from torch import Tensor
 
-from lightning_lora.kernels.few_tokens import gemm_4bit
-from lightning_lora.kernels.nf4 import dequantize_nf4, dequantize_nf4_into
+from lightning_lora.kernels.nf4 import dequantize_nf4
 from lightning_lora.kernels.packed import Packed
 
 SHAPES = {"cuda": ((4096, 4096), (11008, 4096)), "cpu": ((512, 512), (2048, 2048))}
-TOKENS = (1, 2, 4, 8, 16, 32, 64)
 DTYPE = torch.bfloat16
 BEFORE = ", first"
 
 
-def measure(device: str, rounds: int) -> list[Report]:
-    """Time every shape."""
-    reports = [dequantization(device, rounds)]
-    return [*reports, products(rounds)] if device == "cuda" else reports
-
-
-def dequantization(device: str, rounds: int) -> Report:
-    """The weight alone, against the speed of a copy."""
+def measure(device: str, rounds: int) -> Report:
+    """Time every shape, against the speed of a copy."""
     rows: list[list[Cell]] = []
     claims = []
     for shape in SHAPES[device]:
@@ -73,7 +59,7 @@ def dequantization(device: str, rounds: int) -> Report:
     return Report(
         title=f"NF4 to bfloat16 on {where(device)}",
         command=f"{command(__file__, rounds)} --device {device}",
-        columns=["weight", "ours", "into a buffer", "bitsandbytes", "copy", "ours / copy"],
+        columns=["weight", "ours", "bitsandbytes", "copy", "ours / copy"],
         rows=rows,
         claims=claims,
     )
@@ -89,54 +75,9 @@ def contenders(shape: tuple[int, int], device: str) -> dict[str, Callable[[], ob
         raise SystemExit(f"{shape}: ours is not bitsandbytes' weight")
     return {
         "ours": lambda: dequantize_nf4(packed, shape, DTYPE),
-        "into a buffer": lambda: dequantize_nf4_into(packed, buffer),
         "bitsandbytes": lambda: bnb.dequantize_4bit(codes, state),
         "copy": lambda: buffer.copy_(source),
     }
-
-
-def products(rounds: int) -> Report:
-    """``x W^T`` with few tokens, in two ways."""
-    rows: list[list[Cell]] = []
-    for shape in SHAPES["cuda"]:
-        packed, _, _ = packed_weight(shape, "cuda")
-        exact = dequantize_nf4(packed, shape, torch.float32).double()
-        for tokens in TOKENS:
-            x = torch.randn(tokens, shape[1], device="cuda", dtype=DTYPE)
-            ways = {"dequantized": dense(packed, shape, x), "gemm_4bit": direct(packed, shape, x)}
-            seconds = {name: statistics.median(times) for name, times in timed(ways, rounds).items()}
-            errors = {name: difference(way(), x.double() @ exact.T) for name, way in ways.items()}
-            rows.append(
-                [
-                    f"{shape[0]} x {shape[1]}, {tokens}",
-                    1e6 * seconds["dequantized"],
-                    1e6 * seconds["gemm_4bit"],
-                    seconds["gemm_4bit"] / seconds["dequantized"],
-                    f"{errors['dequantized']:.1e}",
-                    f"{errors['gemm_4bit']:.1e}",
-                ]
-            )
-    return Report(
-        title=f"Products with few tokens on {where('cuda')}",
-        command=f"{command(__file__, rounds)} --device cuda",
-        columns=["weight, tokens", "dequantized, us", "gemm_4bit, us", "gemm_4bit / dequantized", "error", "its error"],
-        rows=rows,
-    )
-
-
-def dense(packed: Packed, shape: tuple[int, int], x: Tensor) -> Callable[[], Tensor]:
-    """Dequantize, then multiply."""
-    return lambda: torch.nn.functional.linear(x, dequantize_nf4(packed, shape, x.dtype))
-
-
-def direct(packed: Packed, shape: tuple[int, int], x: Tensor) -> Callable[[], Tensor]:
-    """Multiply with the codes."""
-    return lambda: gemm_4bit(x, packed, shape, None)
-
-
-def difference(found: Tensor, exact: Tensor) -> float:
-    """Largest difference over the largest value."""
-    return ((found.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 def packed_weight(shape: tuple[int, int], device: str) -> tuple[Packed, Tensor, bnb.QuantState]:
@@ -189,11 +130,11 @@ def main() -> None:
     chosen = arguments.parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda needs a CUDA device, and torch finds none")
-    for report in measure(chosen.device, chosen.repeats):
-        print(report.text(), end="\n\n")
-        if chosen.json is not None:
-            with chosen.json.open("a") as file:
-                file.write(report.markdown())
+    report = measure(chosen.device, chosen.repeats)
+    print(report.text())
+    if chosen.json is not None:
+        with chosen.json.open("a") as file:
+            file.write(report.markdown())
 
 
 if __name__ == "__main__":

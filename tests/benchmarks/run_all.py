@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCRIPTS = (
     "linear_step.py",
+    "dequantized_cache.py",
     "dora_step.py",
     "saved_activations.py",
     "recomputation.py",

@@ -2,9 +2,10 @@
 
 import pytest
 
-from lightning_lora.estimation.budget import MOST, Fit, fit, largest, parse_size
+from lightning_lora.estimation.budget import MOST, Fit, fit, largest
 from lightning_lora.estimation.rules import rule_of_thumb
 from lightning_lora.estimation.setup import Setup
+from lightning_lora.model.sizes import parse_size
 
 
 @pytest.mark.parametrize("known", [0, 1, 7])

@@ -163,6 +163,21 @@ def test_fewer_bits_and_recomputed_blocks_take_less():
     assert recomputed < sizes[1]
 
 
+def test_weights_that_stay_dequantized_are_part_of_the_base():
+    none, some = (estimate(on_meta(), TOKENS, Setup(r=4, dequantized_cache=size)).parts for size in (0, 50_000))
+    weights = [
+        2 * m.weight.numel()
+        for name, m in Language().named_modules()
+        if name.startswith("blocks") and isinstance(m, nn.Linear)
+    ]
+    room, kept = 50_000, 0
+    for size in weights:
+        kept += size if size <= room - kept else 0
+    assert 0 < kept == some["base"] - none["base"]
+    with pytest.raises(ValueError, match="dequantized_cache is of no use to method='lora'"):
+        Setup(method="lora", dequantized_cache=1)
+
+
 def test_badam_takes_two_bytes_per_weight_and_sixteen_per_weight_of_a_block():
     model = on_meta()
     parts = estimate(model, TOKENS, Setup(method="badam")).parts

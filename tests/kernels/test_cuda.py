@@ -8,7 +8,7 @@ import torch
 from lightning_lora import NF2Config, NF3Config
 from lightning_lora.kernels import choice, four_bits, normal_float
 from lightning_lora.kernels.codebook import dequantize_codebook
-from lightning_lora.kernels.nf4 import dequantize_nf4, dequantize_nf4_into, dequantize_nf4_plus
+from lightning_lora.kernels.nf4 import dequantize_nf4, dequantize_nf4_plus
 from lightning_lora.kernels.packed import DTYPES, Packed
 from lightning_lora.quantization.formats import quantized_linear
 from tests.kernels.nf4_weights import pack
@@ -36,7 +36,6 @@ def test_weights_equal_bitsandbytes_bit_for_bit(shape, block_size, nested, dtype
     packed = on_gpu(shape, block_size, nested=nested)
     expected = four_bits.dequantize(packed, shape, dtype, "nf4")
     assert torch.equal(dequantize_nf4(packed, shape, dtype), expected)
-    assert torch.equal(dequantize_nf4_into(packed, torch.empty(shape, dtype=dtype, device="cuda")), expected)
 
 
 def test_the_cpu_gives_the_same_bits():
@@ -85,11 +84,11 @@ def test_an_update_is_added_in_float32_and_rounded_once(shape, rank, factors, dt
 
 
 def test_it_is_captured_in_a_cuda_graph_and_replayed_with_new_codes():
-    packed, out = on_gpu((256, 256)), torch.empty(256, 256, dtype=torch.bfloat16, device="cuda")
-    dequantize_nf4_into(packed, out)  # the first call compiles
+    packed = on_gpu((256, 256))
+    dequantize_nf4(packed, (256, 256), torch.bfloat16)  # the first call compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        dequantize_nf4_into(packed, out)
+        out = dequantize_nf4(packed, (256, 256), torch.bfloat16)
     packed.codes.copy_(packed.codes.flip(0))
     graph.replay()
     assert torch.equal(out, four_bits.dequantize(packed, (256, 256), torch.bfloat16, "nf4"))

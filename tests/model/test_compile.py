@@ -91,7 +91,8 @@ def test_switching_to_another_adapter_of_the_config_uses_the_graph_there_is(coun
     for name in ("a", "b", "a", "b"):
         activate(model, name)
         outputs[name] = compiled(x)
-        assert torch.equal(outputs[name], model(x)), name
+        # Eager mode lays narrow products out by columns, which sums in another order.
+        assert relative_difference(outputs[name], model(x)) <= 1e-6, name
     load_adapter(model, tmp_path, "c")
     activate(model, "c")
     assert torch.equal(compiled(x), outputs["b"])

@@ -21,7 +21,7 @@ def kept(p: float, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float3
 
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.1, 0.5, 0.9])
 def test_the_rate_is_that_of_independent_draws(p):
-    """Of the whole, of each column and of each quarter of the 64 bits that one draw gives."""
+    """Of the whole, of each column and of each byte of a word."""
     n, columns = 2048, 512
     ones = kept(p, n, columns, seed=7)
     assert set(ones.unique().tolist()) == {0.0, 1.0}
@@ -41,10 +41,10 @@ def test_neighbours_are_independent(step):
 
 
 def test_a_rate_between_two_steps_of_the_draw_is_met_on_average():
-    """2^-17 is half a step: half of the masks have no zero at all, and the rate over many masks is right."""
+    """2^-17 is far below a step of 1/256: most masks have no zero or one, and the rate over many masks is right."""
     p, masks, n = 2**-17, 400, 2**16
     zeros = torch.tensor([n - kept(p, n, seed=seed).sum().item() for seed in range(masks)])
-    deviation = math.sqrt(masks * (n * p + 0.25))  # each mask: Poisson with mean 1/2, and which of two rates it has
+    deviation = math.sqrt(masks * n * p)  # each mask: Poisson with mean 1/2
     assert abs(zeros.sum().item() - masks * n * p) <= SIX_SIGMA * deviation
     assert zeros.max() > 0
 
@@ -58,15 +58,55 @@ def test_any_shape_and_dtype(shape):
         assert torch.equal(ones.float(), kept(0.5, *shape))
 
 
-def test_a_mask_of_several_pieces_is_one_draw():
-    n = 2**20 + 12345
-    ones = kept(0.3, n, seed=3)
-    assert torch.equal(ones[: 2**20], kept(0.3, 2**20, seed=3))
-    assert abs(ones[2**20 :].mean().item() - 0.7) <= SIX_SIGMA * math.sqrt(0.21 / 12345)
+def test_every_piece_of_a_long_mask_has_its_own_draw():
+    """A byte is compared with 76.8 of 256, so the last fifth of a step is dropped element by element in all pieces."""
+    pieces = kept(0.3, 3 * 2**20 + 12345, seed=3).split(2**20)
+    for index, piece in enumerate(pieces):
+        assert abs(piece.mean().item() - 0.7) <= SIX_SIGMA * math.sqrt(0.21 / len(piece))
+        for other in pieces[:index]:
+            together = ((piece - 0.7) * (other[: len(piece)] - 0.7)).mean() / 0.21
+            assert abs(together.item()) <= SIX_SIGMA / math.sqrt(len(piece))
+
+
+def test_masks_of_seeds_beside_each_other_are_independent():
+    n = 2**18
+    masks = torch.stack([kept(0.5, n, seed=seed) for seed in range(8)]) - 0.5
+    correlations = 4 * masks @ masks.T / n - torch.eye(8)
+    assert correlations.abs().max() <= SIX_SIGMA / math.sqrt(n)
+
+
+def test_no_frequency_stands_out():
+    """Of independent draws, power over the mean is exponential: above 30 in one of 10^13."""
+    n = 2**20
+    for p in (0.05, 0.5):
+        power = torch.fft.rfft(kept(p, n, seed=9).double() - (1 - p)).abs().square() / (n * p * (1 - p))
+        assert power[1:-1].max() <= 30
+
+
+def test_the_bytes_that_are_compared_are_uniform():
+    """Chi-square over the 256 steps of ``p``, of each byte of a word: the mask at each step is one bit of it."""
+    n = 2**16
+    at_least = torch.stack([kept(level / 256, 4 * n, seed=2).view(-1, 4).sum(0) for level in range(256)])
+    found = at_least - torch.cat([at_least[1:], torch.zeros(1, 4)])
+    chi = ((found - n / 256).square() / (n / 256)).sum(0)
+    assert ((chi - 255).abs() <= SIX_SIGMA * math.sqrt(2 * 255)).all()
+
+
+def test_the_mask_is_the_same_for_any_number_of_threads():
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for torch_threads in (1, 2, 3):
+            torch.set_num_threads(torch_threads)
+            found.append(kept(0.3, 2**20 + 77, seed=4))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_nearly_all_can_be_dropped():
-    assert kept(1 - 1e-9, 1000).sum() <= 2  # to 2^-16
+    assert kept(1 - 1e-9, 1000).sum() == 0  # by chance one in a million times
 
 
 def model(p: float) -> nn.Module:
