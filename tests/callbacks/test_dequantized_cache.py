@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_lora import LoRACallback, QuantizationError
 from lightning_lora.model.dequantized import kept_bytes
-from tests.callbacks.conftest import Module, loader
+from tests.runs import Module, loader
 
 
 class Watch(Callback):

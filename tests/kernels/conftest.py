@@ -2,5 +2,5 @@
 
 import os
 
-INTERPRETED = ["interpreted_nf4.py", "interpreted_normal_float.py"]
+INTERPRETED = ["interpreted.py", "interpreted_nf4.py", "interpreted_normal_float.py"]
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else INTERPRETED
