@@ -120,7 +120,7 @@ def test_what_was_set_is_never_overridden(trainer):
     module = Module()
     trainer(lora, max_epochs=1).fit(module, loader())
     assert lora.settings.quantization == NF3Config()
-    assert lora.activation_checkpointing == "net.blocks.[0-1]"
+    assert lora.activation_checkpointing == ("net.blocks.[0-1]",)
 
 
 def test_fewer_than_four_bits_are_for_adapters_that_are_fitted_to_them():

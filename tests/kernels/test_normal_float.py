@@ -91,4 +91,4 @@ def test_torch_can_trace_the_operator(codebook, shape):
     packed = Packed(codes, torch.rand(math.ceil(math.prod(shape) / 64)), torch.empty(0), torch.empty(0), 64)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     operator = torch.ops.lightning_lora.dequantize_codebook.default
-    torch.library.opcheck(operator, (*packed, codebook, shape, torch.bfloat16), test_utils=checks)
+    torch.library.opcheck(operator, (*packed, shape, torch.bfloat16, codebook), test_utils=checks)
