@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from lightning_lora.nn.fingerprint import Fingerprint, is_held, sample, sha256
 from lightning_lora.nn.kind import Kind
-from lightning_lora.nn.pieces import pieces_of
+from lightning_lora.nn.pieces import pieces_of, rows_at_once
 from lightning_lora.nn.room import Room
 
 Updated = Callable[[Tensor, Tensor, float, torch.dtype], Tensor]
@@ -199,10 +199,12 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def weight_pieces(layer: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield the rows of :func:`dense_weight` in order, a few at a time."""
+    """Yield the rows of :func:`dense_weight` in order, a few at a time, to be written to."""
     if isinstance(layer, QuantizedLinear):
         return layer.pieces(dtype)
-    return pieces_of(stored_weight(layer).detach(), dtype)
+    weight = stored_weight(layer).detach()
+    rows = torch.split(weight, rows_at_once(weight.shape))
+    return (piece.to(dtype, copy=True, memory_format=torch.contiguous_format) for piece in rows)
 
 
 def weight_shape(layer: nn.Module) -> torch.Size:

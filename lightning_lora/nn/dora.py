@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.nn.adapter import Adapter
 from lightning_lora.nn.base import QuantizedLinear, dense_weight, is_called_as_it_is, layer_bias, weight_dtype
-from lightning_lora.nn.functional import delta, row_norms
+from lightning_lora.nn.functional import row_norms, updated
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.kinds import kind_of
 from lightning_lora.nn.low_rank import LowRankConfig, draw_factors
@@ -93,7 +93,7 @@ class DoRA(Adapter):
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return ``m/||V|| V`` in ``weight``'s dtype; ``weight`` has to be the base's own."""
-        V = self.kind.to_matrix(weight) + delta(self.lora_A, self.lora_B, self.config.scale, weight.dtype)
+        V = updated(self.kind.to_matrix(weight), self.lora_A, self.lora_B, self.config.scale)
         norms = torch.linalg.vector_norm(V.detach(), dim=1).to(self.lora_magnitude_vector.dtype)
         return self.kind.from_matrix(V * self._factor(norms).to(V.dtype).unsqueeze(1))
 

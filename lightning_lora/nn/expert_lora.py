@@ -53,7 +53,7 @@ class ExpertLoRA(Adapter):
 
         def merge(piece: Tensor, rows: slice) -> Tensor:
             update = delta(self.lora_A[rows], self.lora_B[rows], self.config.scale, piece.dtype)
-            return self.kind.from_matrix(update).add_(piece)
+            return piece.add_(self.kind.from_matrix(update))
 
         return merge
 

@@ -39,11 +39,18 @@ def delta(lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) ->
     return (lora_B.to(dtype) @ lora_A.to(dtype)).mul_(scaling)
 
 
-def delta_merger(lora_A: Tensor, lora_B: Tensor, scaling: float) -> PieceMerger:
-    """Return what adds :func:`delta` to some rows of a weight whose first axis is ``O``."""
+def updated(matrix: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return ``W + s B A`` of shape ``(O, I)``, computed in ``W``'s dtype and summed within the one product."""
+    return torch.addmm(matrix, lora_B.to(matrix.dtype), lora_A.to(matrix.dtype), alpha=scaling)
+
+
+def update_merger(lora_A: Tensor, lora_B: Tensor, scaling: float) -> PieceMerger:
+    """Return what makes :func:`updated` of some rows of a weight whose first axis is ``O``, where they are."""
 
     def merge(piece: Tensor, rows: slice) -> Tensor:
-        return delta(lora_A, lora_B[rows], scaling, piece.dtype).view(piece.shape).add_(piece)
+        B = lora_B[rows].to(piece.dtype)
+        piece.view(len(piece), -1).addmm_(B, lora_A.to(piece.dtype), alpha=scaling)
+        return piece
 
     return merge
 

@@ -16,7 +16,7 @@ from lightning_lora.nn.base import is_called_as_it_is
 from lightning_lora.nn.decompose import Pair, decomposition, without
 from lightning_lora.nn.expert_lora import ExpertLoRA
 from lightning_lora.nn.experts import ExpertsKind
-from lightning_lora.nn.functional import delta, delta_merger
+from lightning_lora.nn.functional import delta, update_merger, updated
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.kinds import kind_of
 from lightning_lora.nn.low_rank import SCALINGS, LowRankConfig, draw_factors
@@ -142,14 +142,13 @@ class LoRA(Adapter):
         """Return ``W + s B A``, or ``W + s (B A - B0 A0)``, in ``weight``'s dtype."""
         self._require_start()
         lora_A, lora_B = self._factors(whole=self.taken_A is not None)
-        # Added in place: a merge of a large layer holds the weight and the update, and no third of their size.
-        return self.kind.from_matrix(delta(lora_A, lora_B, self.config.scale, weight.dtype)).add_(weight)
+        return self.kind.from_matrix(updated(self.kind.to_matrix(weight), lora_A, lora_B, self.config.scale))
 
     def piece_merger(self) -> PieceMerger | None:
         """Return what does so with some outputs alone, where the layer stores them first."""
         self._require_start()
         lora_A, lora_B = self._factors(whole=self.taken_A is not None)
-        return delta_merger(lora_A, lora_B, self.config.scale) if self.kind.stores_rows else None
+        return update_merger(lora_A, lora_B, self.config.scale) if self.kind.stores_rows else None
 
     def update_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``A`` and ``s B``, or those of the change ``s (B A - B0 A0)`` where there is a start."""

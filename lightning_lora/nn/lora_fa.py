@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.nn.adapter import Adapter
-from lightning_lora.nn.functional import delta, delta_merger
+from lightning_lora.nn.functional import update_merger, updated
 from lightning_lora.nn.kind import Kind
 from lightning_lora.nn.kinds import kind_of
 from lightning_lora.nn.low_rank import LowRankConfig, draw_factors
@@ -72,11 +72,12 @@ class LoRAFA(Adapter):
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return ``W + s B A`` in ``weight``'s dtype."""
-        return weight + self.kind.from_matrix(delta(self.lora_A, self.lora_B, self.config.scale, weight.dtype))
+        matrix = self.kind.to_matrix(weight)
+        return self.kind.from_matrix(updated(matrix, self.lora_A, self.lora_B, self.config.scale))
 
     def piece_merger(self) -> PieceMerger | None:
         """Return what does so with some outputs alone, where the layer stores them first."""
-        return delta_merger(self.lora_A, self.lora_B, self.config.scale) if self.kind.stores_rows else None
+        return update_merger(self.lora_A, self.lora_B, self.config.scale) if self.kind.stores_rows else None
 
     def update_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``A`` and ``s B``."""

@@ -15,7 +15,7 @@ _ELEMENTS = 2**21
 _ROWS = 64  # of what is left over from such numbers of rows, libraries round the sums otherwise
 
 PieceMerger = Callable[[Tensor, slice], Tensor]
-"""Takes rows of a weight as its layer stores it, and which these are; returns the same rows of the merged weight."""
+"""Takes rows of a weight as its layer stores it, to write to, and which these are; returns those of the merged one."""
 
 
 def rows_at_once(shape: Sequence[int], *, multiple: int = 1) -> int:
