@@ -186,14 +186,16 @@ class LoRACallback(CopiedAsSet):
             if activation_checkpointing in (None, AUTO, PLANNED)
             else as_patterns(activation_checkpointing, "activation_checkpointing")
         )
-        self.dequantized_cache = None if dequantized_cache is None else parse_size(dequantized_cache)
+        self.dequantized_cache = (
+            None if dequantized_cache is None else parse_size("dequantized_cache", dequantized_cache)
+        )
         if self.dequantized_cache is not None and method in BASELINES:
             raise ValueError(
                 f"method={method!r} quantizes nothing, so dequantized_cache={dequantized_cache!r} has nothing to keep; "
                 "drop it"
             )
         self.on_save_error = on_save_error
-        self.memory = None if memory is None else parse_size(memory)
+        self.memory = None if memory is None else parse_size("memory", memory)
         self._asked = Asked(
             settings=self.settings, checkpointing=self.activation_checkpointing, any_storage=quantization == "auto"
         )

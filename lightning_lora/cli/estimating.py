@@ -35,7 +35,7 @@ def estimate(options: Namespace) -> int:
         ValueError: If an option is none of the choices.
     """
     setups = [_setup(options, method) for method in options.method or ["qlora-4bit"]]
-    budget = None if options.gpu is None else parse_size(options.gpu)
+    budget = None if options.gpu is None else parse_size("--gpu", options.gpu)
     model, batch_of = read_model(options.model)
     found = [estimate_of(model, batch_of(options.batch, options.seq), setup) for setup in setups]
 

@@ -104,6 +104,8 @@ class Setup:
             raise ValueError(f"method={self.method!r} quantizes nothing; drop quantization={self.quantization!r}")
         if self.method != "full" and not isinstance(self.optimizer, str):
             raise ValueError(f"optimizer={self.optimizer!r} is for method='full', and this is {self.method!r}")
+        if isinstance(self.dequantized_cache, bool) or not isinstance(self.dequantized_cache, int):
+            raise ValueError(f"dequantized_cache must be a whole number of bytes, got {self.dequantized_cache!r}")
         if self.dequantized_cache and self.storage is None:
             raise ValueError(f"dequantized_cache is of no use to method={self.method!r}, which quantizes nothing")
 

@@ -28,6 +28,8 @@ from lightning_lora.nn.base import QuantizedLinear, adopter_of, weight_dtype, we
 from lightning_lora.nn.split import Split
 
 MODEL_CONFIG = "config.json"
+_AT_ONCE = 2
+"""Layers: while one is written, another is merged. More were no faster."""
 
 
 @runtime_checkable
@@ -48,9 +50,10 @@ def export_merged(
     """Write what :func:`merge` would make of ``model`` to a folder, without changing the model.
 
     The files are safetensors with the base model's own keys: ``model.safetensors``, or shards and
-    ``model.safetensors.index.json``. Each layer is merged, checked, written and dropped before the next, so the extra
-    memory is that of one layer. A tensor that the model has under several names is written under each. Beside the
-    weights of a Hugging Face model its ``config.json`` is written, and ``from_pretrained`` loads the folder.
+    ``model.safetensors.index.json``. Each layer is merged, checked, written and dropped, two of them at a time in
+    threads of their own. So the extra memory is that of two layers, or of a few rows of each where rows merge alone. A
+    tensor that the model has under several names is written under each. Beside the weights of a Hugging Face model its
+    ``config.json`` is written, and ``from_pretrained`` loads the folder.
 
     Args:
         model: A model with adapters; its active ones are merged.
@@ -83,7 +86,14 @@ def write_model(
     if isinstance(config, WritesJson):
         text = config_text(config, type(model).__name__, dtype)
         beside[MODEL_CONFIG] = lambda file: file.write_text(text)
-    write_shards(folder, parts, max_shard_size=max_shard_size, metadata=merged_metadata(), beside=beside)
+    write_shards(
+        folder,
+        parts,
+        max_shard_size=max_shard_size,
+        metadata=merged_metadata(),
+        beside=beside,
+        at_once=_AT_ONCE,
+    )
     return folder
 
 

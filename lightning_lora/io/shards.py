@@ -1,7 +1,8 @@
 """Writing a model as safetensors files, one part in memory at a time, complete or absent.
 
 ``safetensors.save_file`` wants all tensors at once. Here the header is written from shapes alone, and each part is
-made, written to its place while the next one is made, and dropped.
+made, written to its place and dropped. On Linux the disk is set to work as data comes, so that little is left for the
+``fsync`` at the end.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import RawIOBase
+from functools import partial
+from io import FileIO
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
@@ -26,13 +29,12 @@ from torch import Tensor
 
 from lightning_lora.errors import MergeError, listing
 from lightning_lora.io.atomic import replacing_all
-from lightning_lora.io.behind import WriteBehind
 from lightning_lora.io.dtypes import NAMES
+from lightning_lora.io.workers import run
 from lightning_lora.model.merge import is_finite
+from lightning_lora.model.sizes import as_bytes
 
 _NOTHING: Mapping[str, Callable[[Path], object]] = MappingProxyType({})
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {f"{letter}IB": 2 ** (10 * power) for power, letter in enumerate("KMGT", start=1)}
 _VERIFIED = 4
 _PIECE = 2**23
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -102,18 +104,6 @@ class Part:
         return sum(map(_size, self.outline.values()))
 
 
-def as_bytes(size: int | str) -> int:
-    """Return a size such as ``"5GB"``, ``"500MB"`` or ``"2GiB"`` in bytes.
-
-    Raises:
-        ValueError: If it is none, or not above 0.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", str(size).strip().upper())
-    if found is None or (count := int(float(found[1]) * _UNITS[found[2] or ""])) < 1:
-        raise ValueError(f"a size must be a number of bytes or such as '5GB', got {size!r}")
-    return count
-
-
 @torch.no_grad()
 def write_shards(
     folder: Path,
@@ -123,6 +113,7 @@ def write_shards(
     metadata: Mapping[str, str],
     beside: Mapping[str, Callable[[Path], object]] = _NOTHING,
     naming: Naming = MODEL,
+    at_once: int = 1,
 ) -> None:
     """Write the parts to ``folder``: to ``model.safetensors``, or to shards and their index where they are larger.
 
@@ -137,12 +128,13 @@ def write_shards(
         metadata: For the header of each file, beside ``format``.
         beside: Other files of the model by name, such as its config: each writes itself to a path.
         naming: What the files are called.
+        at_once: How many parts are made and written at a time, each in a thread of its own where it is more than one.
 
     Raises:
         MergeError: If a computed tensor is not finite, or what was read again is not what was written.
         OSError: If there is no room; what was there before is untouched.
     """
-    shards = _split(parts, as_bytes(max_shard_size))
+    shards = _split(parts, as_bytes("max_shard_size", max_shard_size))
     names = [naming.single] if len(shards) == 1 else _free_names(folder, naming, len(shards))
     folder.mkdir(parents=True, exist_ok=True)
     _require_room(folder, sum(part.size for part in parts))
@@ -151,9 +143,9 @@ def write_shards(
         for write, file in zip(beside.values(), temporaries, strict=False):
             write(file)
         files = temporaries[len(beside) :][: len(names)]
-        with WriteBehind() as behind, _naming(folder):
-            places = [_write(file, shard, metadata, behind) for file, shard in zip(files, shards, strict=True)]
-        _verify(files, shards, places)
+        with _naming(folder):
+            places = [_write(file, shard, metadata, at_once) for file, shard in zip(files, shards, strict=True)]
+        _verify(files, shards, places, at_once)
         if index:
             _write_index(temporaries[-1], names, shards)
     _drop_older(folder, naming, names)
@@ -182,7 +174,7 @@ def _naming(folder: Path) -> Iterator[None]:
         raise OSError(error.errno, said, str(folder)) from error
 
 
-def _write(file: Path, parts: Iterable[Part], metadata: Mapping[str, str], behind: WriteBehind) -> dict[str, int]:
+def _write(file: Path, parts: Iterable[Part], metadata: Mapping[str, str], at_once: int) -> dict[str, int]:
     """Write one file; returns where in it each tensor begins."""
     outline = {name: tensor for part in parts for name, tensor in part.outline.items()}
     # Large elements first: each tensor then starts at a multiple of its element's size, as readers of the map need.
@@ -200,18 +192,26 @@ def _write(file: Path, parts: Iterable[Part], metadata: Mapping[str, str], behin
     data = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     data += b" " * (-len(data) % 8)
     places = {name: 8 + len(data) + begin for name, begin in begins.items()}
-    with file.open("r+b", buffering=0) as opened:
-        behind.put(opened, 0, memoryview(len(data).to_bytes(8, "little") + data))
-        for part in parts:
-            _write_part(opened, part, places, behind)
-        behind.wait()
+    file.write_bytes(len(data).to_bytes(8, "little") + data)
+    run((partial(_write_part, file, part, places) for part in parts), at_once=at_once)
     return places
 
 
-def _write_part(file: RawIOBase, part: Part, places: Mapping[str, int], behind: WriteBehind) -> None:
-    """Make a part and have it written. In a function of its own, so that the thread alone holds it from then on."""
-    for place, data in _placed(part, places):
-        behind.put(file, place, data)
+@torch.no_grad()
+def _write_part(path: Path, part: Part, places: Mapping[str, int]) -> None:
+    with path.open("r+b", buffering=0) as file:
+        for place, data in _placed(part, places):
+            _write_at(file, place, data)
+
+
+def _write_at(file: FileIO, offset: int, data: memoryview) -> None:
+    size = len(data)
+    file.seek(offset)
+    while data:  # one call writes 2 GiB at most
+        data = data[file.write(data) :]
+    if sys.platform == "linux":
+        # Starts to write this to disk without waiting, as fsync would, and drops from memory only what is there.
+        os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def _placed(part: Part, places: Mapping[str, int]) -> Iterator[tuple[int, memoryview]]:
@@ -234,7 +234,9 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(b"") if not len(flat) else flat.view(torch.uint8).numpy().data
 
 
-def _verify(files: Sequence[Path], shards: Sequence[Sequence[Part]], places: Sequence[Mapping[str, int]]) -> None:
+def _verify(
+    files: Sequence[Path], shards: Sequence[Sequence[Part]], places: Sequence[Mapping[str, int]], at_once: int
+) -> None:
     """Read the files again: all headers, and a sample of the computed tensors, made once more."""
     computed = []
     for file, shard, begins in zip(files, shards, places, strict=True):
@@ -242,12 +244,17 @@ def _verify(files: Sequence[Path], shards: Sequence[Sequence[Part]], places: Seq
             if set(opened.keys()) != begins.keys():
                 raise MergeError(f"{file.parent}: the tensors read again are not those written; is the disk sound?")
         computed += [(file, part, begins) for part in shard if part.computed]
-    for file, part, begins in computed[:: max(1, len(computed) // _VERIFIED)][:_VERIFIED]:
-        if not all(_is_at(file, place, data) for place, data in _placed(part, begins)):
-            raise MergeError(
-                f"{file.parent}: {listing(list(part.outline))} read again is not what was computed. Either the disk is "
-                "not sound, or the model was changed while it was being written"
-            )
+    sample = computed[:: max(1, len(computed) // _VERIFIED)][:_VERIFIED]
+    run((partial(_verify_part, *each) for each in sample), at_once=at_once)
+
+
+@torch.no_grad()
+def _verify_part(file: Path, part: Part, places: Mapping[str, int]) -> None:
+    if not all(_is_at(file, place, data) for place, data in _placed(part, places)):
+        raise MergeError(
+            f"{file.parent}: {listing(list(part.outline))} read again is not what was computed. Either the disk is "
+            "not sound, or the model was changed while it was being written"
+        )
 
 
 def _is_at(path: Path, offset: int, data: memoryview) -> bool:

@@ -46,13 +46,13 @@ def test_what_to_switch_on_begins_with_what_costs_least():
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("24 GiB", 24 * 2**30), ("1.5gb", 1_500_000_000)])
 def test_sizes_are_read_with_their_unit(text, size):
-    assert parse_size(text) == size
+    assert parse_size("memory", text) == size
 
 
-@pytest.mark.parametrize("text", ["24", "GB", "0GB", "-1GB", "24 Gb/s"])
+@pytest.mark.parametrize("text", ["24", 24, "GB", "0GB", "-1GB", "24 Gb/s", "24iB"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="is no size; write 24GB"):
-        parse_size(text)
+    with pytest.raises(ValueError, match=f"^memory={text!r} is no size; write 24GB"):
+        parse_size("memory", text)
 
 
 def test_the_rule_of_thumb_is_llama_factorys_table():

@@ -176,6 +176,8 @@ def test_weights_that_stay_dequantized_are_part_of_the_base():
     assert 0 < kept == some["base"] - none["base"]
     with pytest.raises(ValueError, match="dequantized_cache is of no use to method='lora'"):
         Setup(method="lora", dequantized_cache=1)
+    with pytest.raises(ValueError, match="dequantized_cache must be a whole number of bytes, got '4GB'"):
+        Setup(dequantized_cache="4GB")
 
 
 def test_badam_takes_two_bytes_per_weight_and_sixteen_per_weight_of_a_block():
