@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lightning_lora.nn.adapter import Adapter
 from lightning_lora.nn.experts import ExpertsKind
-from lightning_lora.nn.functional import delta
 from lightning_lora.nn.init import INITIALIZERS
 from lightning_lora.nn.pieces import PieceMerger
 
@@ -46,16 +45,16 @@ class ExpertLoRA(Adapter):
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return ``W + s B A`` of all experts in ``weight``'s dtype."""
-        return weight + self.kind.from_matrix(delta(self.lora_A, self.lora_B, self.config.scale, weight.dtype))
+        return torch.baddbmm(weight, *self._factors(slice(None), weight.dtype), alpha=self.config.scale)
 
     def piece_merger(self) -> PieceMerger:
         """Return what does so with some of the experts."""
+        return lambda piece, rows: piece.baddbmm_(*self._factors(rows, piece.dtype), alpha=self.config.scale)
 
-        def merge(piece: Tensor, rows: slice) -> Tensor:
-            update = delta(self.lora_A[rows], self.lora_B[rows], self.config.scale, piece.dtype)
-            return piece.add_(self.kind.from_matrix(update))
-
-        return merge
+    def _factors(self, experts: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What gives the update as the module stores it: ``B_e A_e``, or ``A_e^T B_e^T``."""
+        A, B = self.lora_A[experts].to(dtype), self.lora_B[experts].to(dtype)
+        return (A.mT, B.mT) if self.kind.transposed else (B, A)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

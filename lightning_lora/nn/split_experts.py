@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from lightning_lora.nn.adapted import AdaptedLayer
-from lightning_lora.nn.base import dense_weight, share_hooks, weight_dtype
+from lightning_lora.nn.base import QuantizedLinear, dense_weight, share_hooks, weight_dtype
 from lightning_lora.nn.copied import copied
 from lightning_lora.nn.experts import ExpertsKind, StackedWeight
 from lightning_lora.nn.kinds import kind_of
@@ -106,10 +106,15 @@ def stacked_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _read(layer: nn.Module) -> Tensor:
+    """Return the adapted weight; where the base is dequantized for this, the updates are added in its place."""
     if not isinstance(layer, AdaptedLayer):
         return dense_weight(layer, weight_dtype(layer))
+    base = layer.base_layer
+    weight, is_ours = dense_weight(base, weight_dtype(base)), isinstance(base, QuantizedLinear)
     with torch.autocast(layer.device.type, enabled=False):  # it would round B A to half precision
-        weight = dense_weight(layer.base_layer, weight_dtype(layer.base_layer))
         for name in layer.computing:
-            weight = layer.adapter(name).merged(weight)
+            adapter = layer.adapter(name)
+            merge = adapter.piece_merger() if is_ours else None
+            weight = adapter.merged(weight) if merge is None else merge(weight, slice(None))
+            is_ours = True
     return weight

@@ -49,7 +49,8 @@ of this library over all adapters at once, of the others bitsandbytes' tensor by
 *tokens/s* is of a whole step with the former. *peak* is the model's own bytes and the most that a forward and backward
 pass allocates beyond them; moments of optimizers are not in it. *saved* is what is still allocated after the forward
 pass. *loss off* and *gradient norm off* are relative to PEFT's default. The floor is dense in bf16, whatever the others
-store."""
+store; *floor and products* then makes the six products of each adapter by themselves, without graph, mask or cast: what
+nothing can pass that multiplies with torch's products."""
 
 
 @dataclass(frozen=True)

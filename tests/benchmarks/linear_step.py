@@ -6,6 +6,8 @@ Contenders take turns, and a ratio is the median over the rounds of theirs / our
 
   base       the frozen layer alone, NF4 ours: the floor that no adapter can pass. PEFT / base is therefore the most
              that PEFT / ours could be on this machine
+  products   the same, and then the six products of rank 16 by themselves, each in the layout that is fastest here, with
+             no graph and no dropout around them: the floor for who multiplies with torch's products
   ours       inject(model), and quantize(model) for NF4; master weights in fp32
   PEFT       get_peft_model(model): its default, adapters in fp32
   PEFT bf16  the same with autocast_adapter_dtype=False: adapters in bf16, which then are the master weights
@@ -25,6 +27,7 @@ from collections.abc import Callable
 import torch
 from contenders import ALPHA_OVER_R, Adapted, Case, Weights, draw, ours, theirs
 from parity import check
+from products import six_products
 from report import Cell, Claim, Report, command, run
 from timing import interleaved, median_ratio
 from torch import Tensor, nn
@@ -62,13 +65,16 @@ def measure(rounds: int) -> Report:
             *(f"{name}, ms" for name in ("base", *PEERS)),
             *(f"{name} / ours" for name in PEERS[1:]),
             "PEFT / base",
+            "PEFT / products",
         ],
         rows=rows,
         claims=claims,
         note="Milliseconds are medians; a ratio is the median over the rounds of theirs / ours in the same round, "
         "which holds where the clock of the machine changes between rounds. *base* is the frozen layer alone, so "
         "*PEFT / base* is what *PEFT / ours* would be if our adapter cost nothing: the most that is possible here. It "
-        "depends on how fast the machine's half-precision products are beside its other operations. "
+        "depends on how fast the machine's half-precision products are beside its other operations. *products* is the "
+        "same step and then the six products of rank 16 by themselves, each in the layout that is fastest here, with "
+        "no graph and no dropout around them: *PEFT / products* is the most that is possible with torch's products. "
         "*PEFT* is its default (adapters in fp32), *PEFT bf16* with `autocast_adapter_dtype=False`. Before timing, "
         "output, loss and gradients of each contender are compared with the equation in float64.",
     )
@@ -82,7 +88,7 @@ def row(case: Case, seconds: dict[str, list[float]]) -> list[Cell]:
         str(case),
         *(milliseconds.get(name, "-") for name in ("base", *PEERS)),
         *(ratios.get(name, "-") for name in PEERS[1:]),
-        median_ratio(seconds["PEFT"], seconds["base"]),
+        *(median_ratio(seconds["PEFT"], seconds[floor]) for floor in ("base", "products")),
     ]
 
 
@@ -98,8 +104,10 @@ def time_case(case: Case, rounds: int) -> dict[str, list[float]]:
     grad = aligned_gradient(weights[LAYER], W, x)
     for name, contender in adapted.items():
         check(case, name, contender, weights[LAYER], W, x, grad)
-    steps = {"base": step(base, x, grad)} | {name: step(its.layer, x, grad) for name, its in adapted.items()}
-    return interleaved(steps, rounds)
+    alone = step(base, x, grad)
+    products = six_products(weights[LAYER].A.to(x.dtype), weights[LAYER].B.to(x.dtype), x, grad)
+    steps = {"base": alone, "products": lambda: (alone(), products())}
+    return interleaved(steps | {name: step(its.layer, x, grad) for name, its in adapted.items()}, rounds)
 
 
 def frozen(adapted: Adapted, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:

@@ -97,7 +97,8 @@ def markdown(documents: list[dict[str, Any]]) -> str:
         SystemExit: If figures that were kept come from another machine or other versions.
     """
     environments = [document["environment"] for document in documents]
-    if any(each | {"date": ""} != environments[0] | {"date": ""} for each in environments):
+    varying = {"date": "", "threads": 0}  # threads stand in the command of each section
+    if any(each | varying != environments[0] | varying for each in environments):
         raise SystemExit("some of the figures were measured elsewhere; run all of them again, without --only")
     environment = max(environments, key=lambda each: str(each["date"]))
     where = "\n".join(f"- {name}: {value}" for name, value in environment.items())

@@ -10,7 +10,7 @@ from peers.by_torchtune import Torchtune
 from peers.compiled import Compiled
 from peers.contender import Contender, Setting
 from peers.decoder import LLAMA_2_7B, Decoder, DecoderShape
-from peers.floor import Floor
+from peers.floor import Floor, FloorAndProducts
 from peers.ours import Ours, OursChunked, OursGraphed
 from peers.vision import VIT_BASE, VIT_LARGE, VisionShape, VisionTransformer
 from peers.workload import Workload
@@ -73,7 +73,7 @@ TOY = DecoderShape(128, 256, 1, 2, 128)
 TOY_VISION = VisionShape(128, 256, 1, 2, 32)
 
 CPU = [
-    *(Scenario(TRANSFORMER, Setting("bf16", dropout)) for dropout in (0.0, 0.05)),
+    *(Scenario(TRANSFORMER, Setting("bf16", dropout), (*EAGER, FloorAndProducts())) for dropout in (0.0, 0.05)),
     *scenarios(STACK),
     *(Scenario(IMAGES, Setting(base)) for base in ("bf16", "nf4")),
 ]
