@@ -110,7 +110,8 @@ def _read(layer: nn.Module) -> Tensor:
     if not isinstance(layer, AdaptedLayer):
         return dense_weight(layer, weight_dtype(layer))
     base = layer.base_layer
-    weight, is_ours = dense_weight(base, weight_dtype(base)), isinstance(base, QuantizedLinear)
+    # Detached, for autograd copies the whole gradient where a view of a tensor was written to.
+    weight, is_ours = dense_weight(base, weight_dtype(base)).detach(), isinstance(base, QuantizedLinear)
     with torch.autocast(layer.device.type, enabled=False):  # it would round B A to half precision
         for name in layer.computing:
             adapter = layer.adapter(name)
