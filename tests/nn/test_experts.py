@@ -8,6 +8,8 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_lora import LoRAConfig, TargetError, delete_adapter, disabled, inject, merge, quantize, summary
 from lightning_lora.model.layers import adapted_layers
@@ -228,6 +230,36 @@ def test_over_nf4_the_merged_model_is_the_trained_function(model):
     merge(model)
     assert {path: p.shape for path, p in model.named_parameters()} == {path: p.shape for path, p in dense.items()}
     assert relative_difference(logits(model), expected) <= 1e-6
+
+
+class Large(TorchDispatchMode):
+    """Counts the pieces of memory of a size at least that operations within the context ask for."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.made = size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(made):
+            fresh = isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given
+            self.made += fresh and tensor.untyped_storage().nbytes() >= self.size
+        return made
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_makes_one_weight_of_a_stacks_size_and_one_gradient(packed):
+    torch.manual_seed(0)
+    mix = Mix()
+    mix.up = nn.Parameter(torch.randn(4, 256, 128))
+    model = randomize(inject(nn.Sequential(mix), "0.up", LoRAConfig(r=2)))
+    if packed:
+        quantize(model)
+    x = torch.randn(2, 128, requires_grad=True)
+    with Large(4 * 256 * 128 * 4) as large:
+        model(x).sum().backward()
+    assert large.made == 2
 
 
 @pytest.mark.parametrize("packed", [False, True])
