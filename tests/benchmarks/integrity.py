@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parse()
     stored = arguments.out / "integrity.json"
     reports: dict[str, dict] = json.loads(stored.read_text()) if stored.is_file() else {}
-    for part in arguments.parts:
+    for part in arguments.parts or PARTS:
         report = PARTS[part](arguments)
         print(f"{report.text()}\n", flush=True)
         reports[part] = {"environment": environment(), **report.to_json()}
@@ -48,7 +48,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS), help="default: all")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[], help="default: all")
     parser.add_argument("--trials", type=int, default=20_000, help="damaged files (default 20000)")
     parser.add_argument("--kills", type=int, default=300, help="kills at random moments (default 300)")
     parser.add_argument("--seed", type=int, default=0, help="what is drawn (default 0)")
