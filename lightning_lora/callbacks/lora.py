@@ -197,7 +197,11 @@ class LoRACallback(CopiedAsSet):
         self.on_save_error = on_save_error
         self.memory = None if memory is None else parse_size("memory", memory)
         self._asked = Asked(
-            settings=self.settings, checkpointing=self.activation_checkpointing, any_storage=quantization == "auto"
+            settings=self.settings,
+            checkpointing=self.activation_checkpointing,
+            dequantized_cache=self.dequantized_cache or 0,
+            # What is kept beside a base in few bits wants one.
+            any_storage=quantization == "auto" and embeddings is None and dequantized_cache is None,
         )
         if memory is not None and adapter is not None:
             raise ValueError(

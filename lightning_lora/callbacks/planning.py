@@ -55,11 +55,13 @@ class Asked:
     Attributes:
         settings: As they are where there is no budget.
         checkpointing: Patterns, None, or ``"planned"`` or ``"auto"``, which are open.
+        dequantized_cache: Bytes.
         any_storage: Whether how the base under adapters is stored is open.
     """
 
     settings: Settings
     checkpointing: str | tuple[str, ...] | None
+    dequantized_cache: int
     any_storage: bool
 
     @property
@@ -93,6 +95,8 @@ class Asked:
             train=self.settings.train,
             train_bias=self.settings.train_bias,
             quantization=self.settings.quantization,
+            embeddings=self.settings.embeddings,
+            dequantized_cache=self.dequantized_cache if self.settings.quantization is not None else 0,
             optimizer=rule,
             activation_checkpointing=None if self.any_blocks else self.checkpointing,
             **run,

@@ -109,6 +109,8 @@ def _setup(options: Namespace, method: str) -> Setup:
         method=method,
         r=options.r,
         targets=tuple(options.targets) if options.targets else "all-linear",
+        embeddings=options.embeddings,
+        dequantized_cache=0 if options.cache is None else parse_size("--dequantized-cache", options.cache),
         precision=options.precision,
         optimizer=options.optimizer,
         activation_checkpointing=BLOCKS if options.checkpointing else None,

@@ -301,6 +301,10 @@ def _add_estimate(
         help="name or glob of layers to adapt and quantize; may be given several times, stacked experts have to be "
         "named (default: all-linear)",
     )
+    estimate.add_argument("--embeddings", choices=("int8",), help="store embeddings and output heads in 8 bit")
+    estimate.add_argument(
+        "--dequantized-cache", dest="cache", metavar="4GB", help="keep so much of the quantized base dequantized"
+    )
     estimate.add_argument("--seq", type=_positive, default=512, help="tokens of a sequence (default: %(default)s)")
     estimate.add_argument("--batch", type=_positive, default=1, help="sequences at once (default: %(default)s)")
     estimate.add_argument("--checkpointing", action="store_true", help="compute each block again in the backward pass")

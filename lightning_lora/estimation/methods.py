@@ -66,7 +66,8 @@ def _adapt(model: nn.Module, setup: Setup) -> list[str]:
     apply(model, plan, start=False)
     notes = _note("left as they are", plan.left)
     if setup.storage is not None:
-        notes += _note("adapted and not quantized", quantize_blank(model, setup.storage, torch.device(setup.device)))
+        kept = quantize_blank(model, setup.storage, torch.device(setup.device), embeddings=setup.embeddings)
+        notes += _note("not quantized", kept)
         keep_dequantized(model, setup.dequantized_cache)
     start_blank(model)
     return notes

@@ -19,6 +19,7 @@ from lightning_lora.quantization.config import (
     NF4Config,
     QuantizationConfig,
 )
+from lightning_lora.quantization.edges import check_embeddings
 
 METHODS = ("full", "freeze", "lora", "qlora-8bit", "qlora-4bit", "qlora-3bit", "qlora-2bit", "galore", "badam")
 STORAGES: dict[str, QuantizationConfig] = {
@@ -63,6 +64,7 @@ class Setup:
         train: Patterns of modules trained whole.
         train_bias: Biases to train: ``"none"``, ``"adapted"`` or ``"all"``.
         quantization: How the base under adapters is stored; None is as the method says.
+        embeddings: ``"int8"`` for embeddings and output heads in 8 bit beside it; None leaves them.
         precision: Of the Trainer; one of ``PRECISIONS``.
         optimizer: ``"paged_adamw_8bit"``, as the callback has it; ``"adamw"``, torch's, with moments in the dtype of
             the parameters; ``"paged_adamw_32bit"``, QLoRA's; or a :class:`~lightning_lora.GaLore` or
@@ -83,6 +85,7 @@ class Setup:
     train: tuple[str, ...] = ()
     train_bias: str = "none"
     quantization: QuantizationConfig | None = None
+    embeddings: str | None = None
     precision: str = "bf16-true"
     optimizer: str | GaLore | BAdam = "paged_adamw_8bit"
     device: str = "cuda"
@@ -104,10 +107,17 @@ class Setup:
             raise ValueError(f"method={self.method!r} quantizes nothing; drop quantization={self.quantization!r}")
         if self.method != "full" and not isinstance(self.optimizer, str):
             raise ValueError(f"optimizer={self.optimizer!r} is for method='full', and this is {self.method!r}")
+        check_embeddings(self.embeddings)
+        if self.embeddings is not None and self.storage is None:
+            raise ValueError(f"embeddings={self.embeddings!r} stands beside a quantized base, and {self._no_base}")
         if isinstance(self.dequantized_cache, bool) or not isinstance(self.dequantized_cache, int):
             raise ValueError(f"dequantized_cache must be a whole number of bytes, got {self.dequantized_cache!r}")
         if self.dequantized_cache and self.storage is None:
-            raise ValueError(f"dequantized_cache is of no use to method={self.method!r}, which quantizes nothing")
+            raise ValueError(f"dequantized_cache is of no use: {self._no_base}")
+
+    @property
+    def _no_base(self) -> str:
+        return f"method={self.method!r} quantizes nothing"
 
     @property
     def dtype(self) -> torch.dtype:

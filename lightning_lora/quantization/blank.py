@@ -7,31 +7,37 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.model.layers import require_adapters
+from lightning_lora.model.layers import replace, require_adapters
 from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.experts import StackedWeight
 from lightning_lora.nn.lora import LoRA
 from lightning_lora.quantization.config import QuantizationConfig
+from lightning_lora.quantization.edges import EMBEDDINGS, base_of, edges
 from lightning_lora.quantization.pack import blank_layer
 from lightning_lora.quantization.quantize import refusals, refuse_none_left, refuse_unfitted
 
 
-def quantize_blank(model: nn.Module, config: QuantizationConfig, device: torch.device) -> dict[str, str]:
+def quantize_blank(
+    model: nn.Module, config: QuantizationConfig, device: torch.device, *, embeddings: str | None = None
+) -> dict[str, str]:
     """Put layers of the size that quantized ones have under all adapters, in place; no value is read or made.
 
     Args:
         model: A model with adapters, which may lack their starts.
         config: How the weights would be stored.
         device: Where they would be quantized.
+        embeddings: How embeddings and output heads would be stored; None leaves those without an adapter.
 
     Returns:
         The layers that would stay as they are, with the reason.
 
     Raises:
         AdapterError: If the model has no adapters.
-        QuantizationError: If no layer could be quantized, or one could not whose adapter has ``init="loftq"``.
+        QuantizationError: If no layer could be quantized, or one could not whose adapter has ``init="loftq"``, or if
+            ``embeddings`` are asked for and there are none, or one shares its weight.
     """
-    layers = require_adapters(model)
+    at_edges, left = ({}, {}) if embeddings is None else edges(model, values=False)
+    layers = {name: layer for name, layer in require_adapters(model).items() if name not in at_edges}
     kept = refusals(layers, config, device)
     refuse_none_left(layers, kept, config)
     refuse_unfitted(
@@ -40,7 +46,13 @@ def quantize_blank(model: nn.Module, config: QuantizationConfig, device: torch.d
     for name, layer in layers.items():
         if name not in kept:
             _quantize(layer, config)
-    return kept
+    for edge in at_edges.values():
+        blank = blank_layer(base_of(edge), EMBEDDINGS[embeddings or "int8"])
+        if isinstance(edge, AdaptedLayer):
+            edge.base_layer = blank
+        else:
+            replace(model, {edge: blank})
+    return kept | left
 
 
 def start_blank(model: nn.Module) -> None:

@@ -29,12 +29,15 @@ def check_embeddings(embeddings: str | None) -> None:
         raise ValueError(f"embeddings must be None or one of {', '.join(EMBEDDINGS)}, got {embeddings!r}")
 
 
-def edges(model: nn.Module, train: Collection[str] | None = None) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def edges(
+    model: nn.Module, train: Collection[str] | None = None, *, values: bool = True
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Find what ``embeddings="int8"`` stores: every embedding, and the heads that ``"all-linear"`` leaves.
 
     Args:
         model: With adapters or without.
         train: Names of the modules that are going to be trained whole; None takes what is trained now.
+        values: Whether to look at the weights, which a model may not have yet.
 
     Returns:
         Layers that are not quantized yet by name, adapted ones as such, and those that stay as they are, with the
@@ -49,7 +52,7 @@ def edges(model: nn.Module, train: Collection[str] | None = None) -> tuple[dict[
     found = {name: layer for name, layer in layers.items() if name in heads or _is_embedding(layer)}
     if not found:
         raise QuantizationError(f"{type(model).__name__} has no embedding and no output head; drop embeddings='int8'")
-    kept = {name: reason for name, layer in found.items() if (reason := _why_not(name, layer, train)) is not None}
+    kept = {name: reason for name, layer in found.items() if (reason := _why_not(name, layer, train, values=values))}
     chosen = {
         name: layer
         for name, layer in found.items()
@@ -70,7 +73,7 @@ def base_of(layer: nn.Module) -> nn.Module:
     return layer.base_layer if isinstance(layer, AdaptedLayer) else layer
 
 
-def _why_not(name: str, layer: nn.Module, train: Collection[str] | None) -> str | None:
+def _why_not(name: str, layer: nn.Module, train: Collection[str] | None, *, values: bool) -> str | None:
     """Why an edge stays dense, or None if it can be quantized or is already."""
     base = base_of(layer)
     if isinstance(base, QuantizedLinear):
@@ -84,7 +87,8 @@ def _why_not(name: str, layer: nn.Module, train: Collection[str] | None) -> str 
     if reason is None and trained:
         reason = "it is trained whole"
     weight, held = base.weight.detach(), linear_class(EMBEDDINGS["int8"])
-    return reason or held.refusal(weight, weight.device) or held.refusal_of_values(weight)
+    reason = reason or held.refusal(weight, weight.device)
+    return held.refusal_of_values(weight) if reason is None and values else reason
 
 
 def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -260,3 +260,15 @@ def test_an_estimate_takes_a_callback_for_its_settings():
     lora = LoRACallback(r=4, quantization="nf3", activation_checkpointing="blocks", train="head")
     setup = Setup(method="qlora-3bit", r=4, activation_checkpointing="blocks", train=("head",))
     assert estimate(wide(), TOKENS, lora).parts == estimate(wide(), TOKENS, setup).parts
+    lora = LoRACallback(r=4, embeddings="int8", dequantized_cache="300KB")
+    setup = Setup(r=4, embeddings="int8", dequantized_cache=300_000)
+    found = estimate(wide(), TOKENS, lora).parts
+    assert found == estimate(wide(), TOKENS, setup).parts
+    assert found != estimate(wide(), TOKENS, Setup(r=4)).parts
+
+
+@pytest.mark.parametrize("kept", [{"embeddings": "int8"}, {"dequantized_cache": "300KB"}])
+def test_what_wants_a_base_in_few_bits_has_one_where_a_dense_one_would_fit(trainer, kept):
+    lora = LoRACallback(r=4, memory="1GB", **kept)
+    trainer(lora, max_epochs=1).fit(Module(), loader())
+    assert lora.settings.quantization == NF4Config()

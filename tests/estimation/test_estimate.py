@@ -174,7 +174,7 @@ def test_weights_that_stay_dequantized_are_part_of_the_base():
     for size in weights:
         kept += size if size <= room - kept else 0
     assert 0 < kept == some["base"] - none["base"]
-    with pytest.raises(ValueError, match="dequantized_cache is of no use to method='lora'"):
+    with pytest.raises(ValueError, match="dequantized_cache is of no use: method='lora' quantizes nothing"):
         Setup(method="lora", dequantized_cache=1)
     with pytest.raises(ValueError, match="dequantized_cache must be a whole number of bytes, got '4GB'"):
         Setup(dequantized_cache="4GB")
@@ -258,6 +258,26 @@ def test_what_stays_is_what_a_run_holds_in_any_storage_under_any_adapter(config,
     assert {part: found.get(part, 0) for part in ("base", "adapters", "trained")} == {
         part: size for part, size in held.to_dict().items() if part in ("base", "adapters", "trained")
     }
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("*_proj", "embed")])
+def test_embeddings_and_heads_in_8_bit_are_counted_at_the_size_they_have(targets):
+    real = quantize(inject(Language(), targets, LoRAConfig(r=4)), embeddings="int8")
+    setup = Setup(r=4, targets=targets, embeddings="int8", precision="32-true", device="cpu")
+    found, held = standing(on_meta(), setup), holdings(real)
+    assert (found["base"], found["adapters"]) == (held.base, held.adapters)
+    assert estimate(on_meta(), TOKENS, setup).total == pytest.approx(peak_of(real), rel=0.1)
+
+
+def test_embeddings_in_8_bit_that_cannot_be_are_refused_as_in_a_run():
+    with pytest.raises(ValueError, match="stands beside a quantized base, and method='lora' quantizes nothing"):
+        Setup(method="lora", embeddings="int8")
+    with pytest.raises(ValueError, match="embeddings must be None or one of int8, got 'int4'"):
+        Setup(embeddings="int4")
+    tied = on_meta()
+    tied.head.weight = tied.embed.weight
+    with pytest.raises(QuantizationError, match="is one parameter with another"):
+        estimate(tied, TOKENS, Setup(embeddings="int8"))
 
 
 @pytest.mark.parametrize("init", ["pissa", "loftq", "eva", "orthogonal"])
