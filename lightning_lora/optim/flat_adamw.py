@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_lora.errors import OptimizerError, listing
+from lightning_lora.optim.closures import evaluated
 from lightning_lora.optim.moments import Moments, library, padded
 from lightning_lora.optim.runs import Plan, Segment, in_order
 
@@ -105,10 +106,7 @@ class FlatPagedAdamW8bit(Optimizer):
         Returns:
             What ``closure`` returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         waiting = set()
         for index, group in enumerate(self.param_groups):
             plan = self._plan(index, group["params"])

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import OptimizerError
 from lightning_lora.optim.adamw import fresh_moments, update
+from lightning_lora.optim.closures import evaluated
 from lightning_lora.optim.takeover import groups_of, with_hooks_of
 
 
@@ -89,10 +90,7 @@ class GaLoreAdamW(Optimizer):
         Returns:
             What ``closure`` returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
