@@ -30,6 +30,8 @@ def run(tasks: Iterable[Task], *, at_once: int) -> None:
         for task in tasks:
             task()
         return
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()  # streams belong to threads, and these would not wait for what this one has begun
     threads = torch.get_num_threads()
     each = max(1, threads // at_once)
     try:
