@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from typing_extensions import Self
 
 from lightning_lora import dependencies
@@ -78,7 +79,9 @@ class Int8Linear(FrozenLinear[Int8Config]):
             return dequantize_rows(self.codes, maxima, dtype)
         out = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         rows = max(1, _PIECE.get(self.codes.device.type, _LARGE) // max(1, out.shape[1]))
-        for start in range(0, len(out), rows):
+        starts = range(0, len(out), rows)
+        # Where there are no values but what an operation allocates is counted, the first piece stands for all.
+        for start in starts[:1] if isinstance(self.codes, FakeTensor) else starts:
             part = slice(start, start + rows)
             out[part] = dequantize_rows(self.codes[part], maxima[part], torch.float32)
         return out
