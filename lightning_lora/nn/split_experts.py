@@ -14,6 +14,7 @@ from lightning_lora.nn.adapted import AdaptedLayer
 from lightning_lora.nn.base import QuantizedLinear, dense_weight, share_hooks, weight_dtype
 from lightning_lora.nn.copied import copied
 from lightning_lora.nn.experts import ExpertsKind, StackedWeight
+from lightning_lora.nn.grouped_experts import multiplies_groups, reading
 from lightning_lora.nn.kinds import kind_of
 from lightning_lora.nn.split import Split
 
@@ -21,11 +22,11 @@ from lightning_lora.nn.split import Split
 class SplitExperts(Split):
     """The code of a module with stacked experts, run on ``W_e + s B_e A_e`` in the place of its parameters.
 
-    Right for whatever that code does (a loop over experts, ``grouped_mm``, ``bmm``), and dear: for each call the
-    weights of all experts are computed, whichever are used, and autograd keeps them and makes a gradient of their size.
-    A quantized base is dequantized as a whole. In half precision the sum is rounded, as a merged weight is: an update
-    below that is not seen, though its gradient is. Activation checkpointing around the block frees the weights between
-    forward and backward.
+    Right for whatever that code does (a loop over experts, ``bmm``, ``einsum``), and dear: for each call the weights of
+    all experts are computed, whichever are used, and autograd keeps them and makes a gradient of their size. In half
+    precision the sum is rounded, as a merged weight is: an update below that is not seen, though its gradient is. What
+    multiplies in groups pays for none of this (:mod:`lightning_lora.nn.grouped_experts`). A quantized base is
+    dequantized as a whole; activation checkpointing around the block frees it between forward and backward.
 
     Args:
         source: The module to stand for, left as it is.
@@ -63,6 +64,9 @@ class SplitExperts(Split):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own code on the adapted weights."""
+        if multiplies_groups(self.base_module):
+            with reading(self.base_module, self.parts(), _read):
+                return self.base_module(*args, **kwargs)
         weights = {name: _read(layer) for name, layer in self.parts().items()}
         return torch.func.functional_call(self.base_module, weights, args, kwargs)
 

@@ -122,9 +122,8 @@ NOTE = (
     "Both are estimates; the rule of thumb says neither sequence nor batch. Ours: tensors at the peak of a step, all "
     "of them on the device (paged moments too), without the CUDA context. The weights of 30B alone are 65 GB in 16 "
     "bits, those of 7B 13.5. *galore* holds the gradients of all weights, as its authors' layer-by-layer updates do "
-    "not, and projects no stacks; *badam* trains a block at a time. Stacked experts (8x7B, 8x22B) are held in NF4 or "
-    "as they are, so their rows in 8 and 2 bits keep them in 16; while a block of them computes, its experts stand "
-    "there in 16 bits, with a gradient of their size."
+    "not, and projects no stacks; *badam* trains a block at a time. While a block of stacked experts (8x7B, 8x22B) "
+    "computes, all of them stand there in 16 bits."
 )
 
 if __name__ == "__main__":

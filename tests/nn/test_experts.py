@@ -108,7 +108,7 @@ def updates(model: nn.Module) -> dict[str, torch.Tensor]:
     found = {}
     for path, layer in adapted_layers(model).items():
         adapter = layer.adapter("default")
-        delta = torch.stack([5 / 3 * B @ A for A, B in zip(adapter.lora_A, adapter.lora_B, strict=True)])
+        delta = torch.stack([adapter.config.scale * B @ A for A, B in zip(adapter.lora_A, adapter.lora_B, strict=True)])
         found[path] = delta.transpose(1, 2) if layer.kind.transposed else delta
     return found
 
@@ -119,13 +119,14 @@ def test_a_fresh_adapter_changes_nothing(model):
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("r", [3, 4])  # rows of 16 bytes are multiplied in groups, others are not
 @pytest.mark.parametrize("code", ["eager", "grouped_mm", "batched_mm"])
-def test_the_model_computes_with_the_changed_weights(model, code):
+def test_the_model_computes_with_the_changed_weights(model, code, r):
     """Against the plain model whose parameters were changed, whichever way it multiplies; so are the gradients."""
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation(code)
     plain = copy.deepcopy(model)
-    adapted(model)
+    adapted(model, r)
     changed = updates(model)
     expected = torch.func.functional_call(
         plain, {path: plain.get_parameter(path).detach() + delta for path, delta in changed.items()}, (TOKENS,)
@@ -263,6 +264,51 @@ def test_a_step_makes_one_weight_of_a_stacks_size_and_one_gradient(packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
+def test_in_groups_no_stack_is_copied_and_none_has_a_gradient(packed):
+    """Of a stack's size are the weights that a base in few bits is made into, and nothing else."""
+    torch.manual_seed(0)
+    wide = {**SMALL, "hidden_size": 64, "intermediate_size": 96}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(num_local_experts=4, **wide))
+    adapted(model, 4)
+    if packed:
+        quantize(model)
+    with Large(4 * 64 * 96 * 4) as large:
+        model(TOKENS, labels=TOKENS).loss.backward()
+    assert large.made == (2 * 2 if packed else 0)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_what_else_reads_a_stack_in_groups_reads_the_adapted_weight():
+    model = mixtral()
+    adapted(model, 4)
+    experts = next(module for module in model.modules() if isinstance(module, SplitExperts))
+    changed = merge(copy.deepcopy(model)).get_submodule(model_path(model, experts))
+    seen = {}
+
+    def read(module, *_):
+        w = module.gate_up_proj
+        seen.update(shape=w.shape, dtype=w.dtype, device=w.device, norm=w.norm(), third=w[2], dim=w.dim())
+        seen.update(swapped=torch.transpose(w.mT, 0, 1), product=torch.ones(1, 48) @ w, axes=w.transpose(0, 1))
+
+    experts.base_module.register_forward_pre_hook(read)
+    model(TOKENS)
+    weight = changed.gate_up_proj
+    assert (seen["shape"], seen["dtype"], seen["device"], seen["dim"]) == (weight.shape, weight.dtype, weight.device, 3)
+    for found, expected in (
+        (seen["norm"], weight.norm()),
+        (seen["third"], weight[2]),
+        (seen["swapped"], weight.mT.transpose(0, 1)),
+        (seen["axes"], weight.transpose(0, 1)),
+        (seen["product"], torch.ones(1, 48) @ weight),
+    ):
+        assert relative_difference(found, expected) <= 1e-6
+
+
+def model_path(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+@pytest.mark.parametrize("packed", [False, True])
 def test_state_dict_reloads_strictly(packed):
     model, twin = adapted(mixtral()), inject(mixtral(), TARGETS, LoRAConfig(r=3, alpha=5))
     if packed:
@@ -310,13 +356,14 @@ def test_other_parameters_of_three_axes_are_no_experts(build):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # between PEFT and transformers
+@pytest.mark.parametrize("r", [3, 4])
 @pytest.mark.parametrize("build", [mixtral, qwen3, gpt_oss])
-def test_output_and_gradients_are_those_of_pefts_adapter_of_a_parameter(build):
+def test_output_and_gradients_are_those_of_pefts_adapter_of_a_parameter(build, r):
     torch.manual_seed(0)
     model = build().eval()
     twin, before = copy.deepcopy(model), logits(model)
-    adapted(model)
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=TARGETS)
+    adapted(model, r)
+    config = peft.LoraConfig(r=r, lora_alpha=5, target_modules=[], target_parameters=TARGETS)
     theirs = peft.get_peft_model(twin, config).eval()
     wrappers = {}
     for name, module in theirs.named_modules():

@@ -1,0 +1,140 @@
+"""Stacked experts in the grouped products of Hugging Face transformers: ``x W_e^T + s (x A_e^T) B_e^T``, no sum formed.
+
+Other code around experts reads weights, and gets ``W_e + s B_e A_e`` of all of them, with a gradient of that size. What
+the default of transformers reads is multiplied at once, rows grouped by expert, so that the update can be multiplied
+beside it: a stack costs no copy and no gradient, and nothing is rounded into its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
+
+from lightning_lora.nn.adapted import AdaptedLayer
+from lightning_lora.nn.base import dense_weight, weight_dtype, weight_shape
+from lightning_lora.nn.expert_lora import ExpertLoRA
+from lightning_lora.nn.experts import ExpertsKind
+
+_GROUPED = "grouped_mm"
+_PRODUCT = getattr(torch, "_grouped_mm", None)
+"""What ``torch.nn.functional.grouped_mm`` calls, where there is one."""
+_ALIGNED = 16
+"""Bytes that rows of its operands have to begin at multiples of."""
+
+
+def multiplies_groups(module: nn.Module) -> bool:
+    """Whether the module's code multiplies with its stacks in groups, and torch has a product for that."""
+    config = getattr(module, "config", None)
+    grouped = getattr(config, "_experts_implementation", None) == _GROUPED
+    return grouped and _PRODUCT is not None and hasattr(F, "grouped_mm") and not torch.compiler.is_compiling()
+
+
+@contextmanager
+def reading(module: nn.Module, layers: Mapping[str, nn.Module], read: Callable[[nn.Module], Tensor]) -> Iterator[None]:
+    """Let a module's code read ``layers`` by their names within the context.
+
+    Args:
+        module: One that :func:`multiplies_groups`, without parameters of these names.
+        layers: Stacks with adapters or without.
+        read: What gives the adapted weight of a stack, for whatever else its code does with it.
+    """
+    for name, layer in layers.items():
+        grouped = _grouped(layer, read)
+        vars(module)[name] = read(layer) if grouped is None else grouped
+    try:
+        yield
+    finally:
+        for name in layers:
+            del vars(module)[name]
+
+
+def _grouped(layer: nn.Module, read: Callable[[nn.Module], Tensor]) -> GroupedStack | None:
+    """Return what stands for the weight of a stack, or None where it cannot."""
+    if not isinstance(layer, AdaptedLayer):
+        return None
+    adapters = [layer.adapter(name) for name in layer.computing]
+    size = weight_dtype(layer.base_layer).itemsize
+    serves = all(isinstance(adapter, ExpertLoRA) and adapter.config.r * size % _ALIGNED == 0 for adapter in adapters)
+    return GroupedStack(layer, read) if serves else None
+
+
+class GroupedStack:
+    """A stack of adapted experts in the place of its weight. No tensor, yet torch's functions take it for one.
+
+    Args:
+        layer: With adapters that are :class:`~lightning_lora.nn.expert_lora.ExpertLoRA`.
+        read: Gives the adapted weight.
+        swapped: Whether it stands for the weight with its last two axes swapped.
+    """
+
+    def __init__(self, layer: AdaptedLayer, read: Callable[[nn.Module], Tensor], *, swapped: bool = False) -> None:
+        self._layer, self._read, self._swapped = layer, read, swapped
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the weight."""
+        experts, rows, columns = weight_shape(self._layer.base_layer)
+        return torch.Size((experts, columns, rows) if self._swapped else (experts, rows, columns))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weight."""
+        return weight_dtype(self._layer.base_layer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self._layer.device
+
+    def transpose(self, first: int, second: int) -> GroupedStack | Tensor:
+        """Swap two axes."""
+        if {first % 3, second % 3} != {1, 2}:
+            return self.whole().transpose(first, second)
+        return GroupedStack(self._layer, self._read, swapped=not self._swapped)
+
+    def whole(self) -> Tensor:
+        """Return the adapted weight."""
+        weight = self._read(self._layer)
+        return weight.mT if self._swapped else weight
+
+    def multiplied(self, x: Tensor, offs: Tensor) -> Tensor:
+        """Return rows of ``x``, those of each expert together, times the adapted weight of their expert.
+
+        Args:
+            x: Of shape ``(S, I)``.
+            offs: Where the rows of each expert end, ``int32`` of shape ``(E,)``.
+        """
+        base = dense_weight(self._layer.base_layer, self.dtype)
+        y: Tensor = F.grouped_mm(x, base.mT if self._swapped else base, offs=offs)
+        for name in self._layer.computing:
+            adapter = self._layer.adapter(name)
+            assert isinstance(adapter, ExpertLoRA)
+            A, B = adapter.lora_A.to(self.dtype), adapter.lora_B.to(self.dtype)
+            down = F.grouped_mm(x, A.mT, offs=offs)
+            y = torch.add(y, F.grouped_mm(down, B.mT, offs=offs), alpha=adapter.config.scale)
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.whole()[index]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {key: value for key, value in (kwargs or {}).items() if value is not None}
+        if func is _PRODUCT and len(args) == 2 and isinstance(args[1], cls) and given.keys() == {"offs"}:
+            stack, kind = args[1], args[1]._layer.kind
+            assert isinstance(kind, ExpertsKind)
+            if stack._swapped != kind.transposed:  # the weights are multiplied from the right
+                return stack.multiplied(args[0], given["offs"])
+        args, kwargs = tree_map_only(cls, cls.whole, (args, kwargs or {}))
+        return func(*args, **kwargs)
