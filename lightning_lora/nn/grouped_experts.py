@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from lightning_lora.nn.adapted import AdaptedLayer
-from lightning_lora.nn.base import dense_weight, weight_dtype, weight_shape
+from lightning_lora.nn.base import QuantizedLinear, dense_weight, weight_dtype, weight_shape
 from lightning_lora.nn.expert_lora import ExpertLoRA
 from lightning_lora.nn.experts import ExpertsKind
 
@@ -110,8 +111,12 @@ class GroupedStack:
             x: Of shape ``(S, I)``.
             offs: Where the rows of each expert end, ``int32`` of shape ``(E,)``.
         """
-        base = dense_weight(self._layer.base_layer, self.dtype)
-        y: Tensor = F.grouped_mm(x, base.mT if self._swapped else base, offs=offs)
+        base = self._layer.base_layer
+        y: Tensor = (
+            _OverPacked.apply(x, offs, base, self.dtype, self._swapped)  # type: ignore[no-untyped-call]
+            if isinstance(base, QuantizedLinear)
+            else F.grouped_mm(x, _oriented(base, self.dtype, self._swapped), offs=offs)
+        )
         for name in self._layer.computing:
             adapter = self._layer.adapter(name)
             assert isinstance(adapter, ExpertLoRA)
@@ -138,3 +143,26 @@ class GroupedStack:
                 return stack.multiplied(args[0], given["offs"])
         args, kwargs = tree_map_only(cls, cls.whole, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class _OverPacked(Function):
+    """``x W_e^T`` over a stack in few bits, which is dequantized again in the backward pass: nothing of it is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offs: Tensor, base: nn.Module, dtype: torch.dtype, swapped: bool) -> Tensor:
+        ctx.save_for_backward(offs)
+        ctx.base, ctx.dtype, ctx.swapped = base, dtype, swapped
+        return F.grouped_mm(x, _oriented(base, dtype, swapped), offs=offs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """``dx = dy W_e``."""
+        (offs,) = ctx.saved_tensors
+        grad_x = F.grouped_mm(grad.contiguous(), _oriented(ctx.base, ctx.dtype, not ctx.swapped), offs=offs)
+        return grad_x, None, None, None, None
+
+
+def _oriented(base: nn.Module, dtype: torch.dtype, swapped: bool) -> Tensor:
+    """The weight of a stack as it stands in a product from the right."""
+    weight = dense_weight(base, dtype)
+    return weight.mT if swapped else weight

@@ -26,7 +26,7 @@ class SplitExperts(Split):
     all experts are computed, whichever are used, and autograd keeps them and makes a gradient of their size. In half
     precision the sum is rounded, as a merged weight is: an update below that is not seen, though its gradient is. What
     multiplies in groups pays for none of this (:mod:`lightning_lora.nn.grouped_experts`). A quantized base is
-    dequantized as a whole; activation checkpointing around the block frees it between forward and backward.
+    dequantized as a whole; elsewhere activation checkpointing around the block frees it between forward and backward.
 
     Args:
         source: The module to stand for, left as it is.

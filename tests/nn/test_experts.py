@@ -265,16 +265,22 @@ def test_a_step_makes_one_weight_of_a_stacks_size_and_one_gradient(packed):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_in_groups_no_stack_is_copied_and_none_has_a_gradient(packed):
-    """Of a stack's size are the weights that a base in few bits is made into, and nothing else."""
+    """Of a stack's size are the weights that a base in few bits is made into, forwards and backwards; none is kept."""
     torch.manual_seed(0)
     wide = {**SMALL, "hidden_size": 64, "intermediate_size": 96}
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(num_local_experts=4, **wide))
     adapted(model, 4)
     if packed:
         quantize(model)
-    with Large(4 * 64 * 96 * 4) as large:
-        model(TOKENS, labels=TOKENS).loss.backward()
-    assert large.made == (2 * 2 if packed else 0)
+    size, mine = 4 * 64 * 96 * 4, {p.data_ptr() for p in model.parameters()}
+    kept: list[torch.Tensor] = []
+    with Large(size) as large:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            loss = model(TOKENS, labels=TOKENS).loss
+        assert large.made == (2 * 2 if packed else 0)
+        loss.backward()
+    assert large.made == (2 * 2 * 2 - 1 if packed else 0)  # the input of the first has no gradient
+    assert all(t.untyped_storage().nbytes() < size for t in kept if t.data_ptr() not in mine)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
