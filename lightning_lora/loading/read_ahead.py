@@ -1,4 +1,8 @@
-"""Reading in a thread of its own, a bounded number of bytes ahead of whoever works on what was read."""
+"""Reading in a thread of its own, a bounded number of bytes ahead of whoever works on what was read.
+
+In it torch computes with one thread: a team of threads of its own would spin for a while after each operation, and take
+the processor from those that work on what was read.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
+
+import torch
 
 
 class Sized(Protocol):
@@ -34,8 +40,8 @@ def read_ahead(
         limit: In bytes.
     """
     waiting: deque[tuple[Item, Future[Value]]] = deque()
-    held = 0
-    with ThreadPoolExecutor(1, thread_name_prefix="lightning_lora-read") as thread:
+    held, threads = 0, torch.get_num_threads()
+    with ThreadPoolExecutor(1, "lightning_lora-read", torch.set_num_threads, (1,)) as thread:
         try:
             for item in items:
                 while waiting and held + item.size > limit:
@@ -52,3 +58,4 @@ def read_ahead(
         finally:
             for _, value in waiting:
                 value.cancel()
+            torch.set_num_threads(threads)  # what threads that start from now on begin with

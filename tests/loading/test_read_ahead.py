@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from lightning_lora.loading.read_ahead import read_ahead
 
@@ -60,3 +61,18 @@ def test_leaving_early_ends_the_thread_without_reading_the_rest():
         next(items)
     assert set(threading.enumerate()) == before
     assert len(read) <= 3
+
+
+def test_reading_computes_with_one_thread_and_leaves_torchs_threads_as_they_were():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = [seen for _, seen in read_ahead([Sized(0, 1), Sized(1, 1)], lambda _: torch.get_num_threads(), 10)]
+        here = torch.get_num_threads()
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert (found, here, later) == ([1, 1], 3, [3])
+    finally:
+        torch.set_num_threads(before)
