@@ -117,7 +117,7 @@ class Setup:
 
     @property
     def _no_base(self) -> str:
-        return f"method={self.method!r} quantizes nothing"
+        return f"method={self.method!r} quantizes nothing; drop it"
 
     @property
     def dtype(self) -> torch.dtype:

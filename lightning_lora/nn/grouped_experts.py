@@ -45,9 +45,7 @@ def reading(module: nn.Module, layers: Mapping[str, nn.Module], read: Callable[[
         layers: Stacks with adapters or without.
         read: What gives the adapted weight of a stack, for whatever else its code does with it.
     """
-    for name, layer in layers.items():
-        grouped = _grouped(layer, read)
-        vars(module)[name] = read(layer) if grouped is None else grouped
+    vars(module).update({name: _grouped(layer, read) or read(layer) for name, layer in layers.items()})
     try:
         yield
     finally:
@@ -71,17 +69,24 @@ class GroupedStack:
     Args:
         layer: With adapters that are :class:`~lightning_lora.nn.expert_lora.ExpertLoRA`.
         read: Gives the adapted weight.
-        swapped: Whether it stands for the weight with its last two axes swapped.
+        swapped: What this is with the last two axes swapped, if it is.
     """
 
-    def __init__(self, layer: AdaptedLayer, read: Callable[[nn.Module], Tensor], *, swapped: bool = False) -> None:
+    def __init__(
+        self, layer: AdaptedLayer, read: Callable[[nn.Module], Tensor], *, swapped: GroupedStack | None = None
+    ) -> None:
         self._layer, self._read, self._swapped = layer, read, swapped
+        self._wholes: dict[bool, Tensor] = {}
+
+    @property
+    def _is_swapped(self) -> bool:
+        return self._swapped is not None
 
     @property
     def shape(self) -> torch.Size:
         """That of the weight."""
         experts, rows, columns = weight_shape(self._layer.base_layer)
-        return torch.Size((experts, columns, rows) if self._swapped else (experts, rows, columns))
+        return torch.Size((experts, columns, rows) if self._is_swapped else (experts, rows, columns))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,16 +98,20 @@ class GroupedStack:
         """Where the weight is."""
         return self._layer.device
 
-    def transpose(self, first: int, second: int) -> GroupedStack | Tensor:
+    def transpose(self, dim0: int, dim1: int) -> GroupedStack | Tensor:
         """Swap two axes."""
-        if {first % 3, second % 3} != {1, 2}:
-            return self.whole().transpose(first, second)
-        return GroupedStack(self._layer, self._read, swapped=not self._swapped)
+        if {dim0 % 3, dim1 % 3} != {1, 2}:
+            return self.whole().transpose(dim0, dim1)
+        return self._swapped or GroupedStack(self._layer, self._read, swapped=self)
 
     def whole(self) -> Tensor:
-        """Return the adapted weight."""
-        weight = self._read(self._layer)
-        return weight.mT if self._swapped else weight
+        """Return the adapted weight, read once for all that a call does with gradients, and once without."""
+        if self._swapped is not None:
+            return self._swapped.whole().mT
+        grad = torch.is_grad_enabled()
+        if grad not in self._wholes:
+            self._wholes[grad] = self._read(self._layer)
+        return self._wholes[grad]
 
     def multiplied(self, x: Tensor, offs: Tensor) -> Tensor:
         """Return rows of ``x``, those of each expert together, times the adapted weight of their expert.
@@ -113,9 +122,9 @@ class GroupedStack:
         """
         base = self._layer.base_layer
         y: Tensor = (
-            _OverPacked.apply(x, offs, base, self.dtype, self._swapped)  # type: ignore[no-untyped-call]
+            _OverPacked.apply(x, offs, base, self.dtype, self._is_swapped)  # type: ignore[no-untyped-call]
             if isinstance(base, QuantizedLinear)
-            else F.grouped_mm(x, _oriented(base, self.dtype, self._swapped), offs=offs)
+            else F.grouped_mm(x, _oriented(base, self.dtype, self._is_swapped), offs=offs)
         )
         for name in self._layer.computing:
             adapter = self._layer.adapter(name)
@@ -139,7 +148,7 @@ class GroupedStack:
         if func is _PRODUCT and len(args) == 2 and isinstance(args[1], cls) and given.keys() == {"offs"}:
             stack, kind = args[1], args[1]._layer.kind
             assert isinstance(kind, ExpertsKind)
-            if stack._swapped != kind.transposed:  # the weights are multiplied from the right
+            if stack._is_swapped != kind.transposed:  # the weights are multiplied from the right
                 return stack.multiplied(args[0], given["offs"])
         args, kwargs = tree_map_only(cls, cls.whole, (args, kwargs or {}))
         return func(*args, **kwargs)

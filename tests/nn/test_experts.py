@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_lora import LoRAConfig, TargetError, delete_adapter, disabled, inject, merge, quantize, summary
 from lightning_lora.model.layers import adapted_layers
 from lightning_lora.model.targets import resolve
+from lightning_lora.nn import split_experts
 from lightning_lora.nn.split_experts import SplitExperts
 from lightning_lora.quantization.stacks import NF4Stack
 from tests.conftest import randomize, relative_difference
@@ -308,6 +309,28 @@ def test_what_else_reads_a_stack_in_groups_reads_the_adapted_weight():
         (seen["product"], torch.ones(1, 48) @ weight),
     ):
         assert relative_difference(found, expected) <= 1e-6
+
+
+def test_code_that_goes_through_the_experts_one_by_one_reads_a_stack_once(monkeypatch):
+    """With gradients that a look at the weight without them does not take away."""
+    model = mixtral()
+    adapted(model, 4)
+    experts = next(module for module in model.modules() if isinstance(module, SplitExperts))
+    reads: list[nn.Module] = []
+    monkeypatch.setattr(
+        split_experts, "_read", lambda layer, read=split_experts._read: reads.append(layer) or read(layer)
+    )
+    found = []
+
+    def loop(module, *_):
+        with torch.no_grad():
+            assert not module.gate_up_proj.norm().requires_grad
+        found.extend(module.gate_up_proj[index] for index in range(4))
+
+    experts.base_module.register_forward_pre_hook(loop)
+    model(TOKENS)
+    assert len(reads) == 2
+    assert all(weight.requires_grad for weight in found)
 
 
 def model_path(model: nn.Module, wanted: nn.Module) -> str:
